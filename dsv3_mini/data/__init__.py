@@ -1,0 +1,1 @@
+"""Text to batches: corpora, tokenizer, fill-in-the-middle and packing, through Hugging Face datasets."""
