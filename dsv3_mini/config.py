@@ -32,15 +32,24 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("factor", "beta_fast", "beta_slow"):
-            _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, f"rope_scaling.{name}",
-                     getattr(self, name), "must be a number above 0")
-        for name in ("mscale", "mscale_all_dim"):
-            _require(_is_number(getattr(self, name)) and getattr(self, name) >= 0, f"rope_scaling.{name}",
-                     getattr(self, name), "must be a number of at least 0")
-        _require(self.factor >= 1, "rope_scaling.factor", self.factor, "must be at least 1: YaRN only extends a context")
-        _require(self.beta_fast > self.beta_slow, "rope_scaling.beta_fast", self.beta_fast,
-                 f"must be above beta_slow ({self.beta_slow}): the ramp runs from fast to slow rotations")
+        for name in ("factor", "beta_fast", "beta_slow", "mscale"):
+            _require(
+                _is_number(getattr(self, name)) and getattr(self, name) > 0,
+                f"rope_scaling.{name}",
+                getattr(self, name),
+                "must be a number above 0",
+            )
+        all_dim = self.mscale_all_dim
+        _require(_is_number(all_dim) and all_dim >= 0, "rope_scaling.mscale_all_dim", all_dim, "must be at least 0")
+        _require(
+            self.factor >= 1, "rope_scaling.factor", self.factor, "must be at least 1: YaRN only extends a context"
+        )
+        _require(
+            self.beta_fast > self.beta_slow,
+            "rope_scaling.beta_fast",
+            self.beta_fast,
+            f"must be above beta_slow ({self.beta_slow}): the ramp runs from fast to slow rotations",
+        )
         _require_int("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, 1)
 
 
@@ -88,9 +97,23 @@ class ModelConfig:
     initializer_range: float = 0.006  # the report's value; the released config.json says 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size",
-                     "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "num_attention_heads",
-                     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "max_position_embeddings",
+        ):
             _require_int(name, getattr(self, name), 1)
         for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
             _require_int(name, getattr(self, name), 0)
@@ -101,27 +124,60 @@ class ModelConfig:
         if self.q_lora_rank is not None:
             _require_int("q_lora_rank", self.q_lora_rank, 1, " (or null: queries are then projected directly)")
 
-        _require(self.scoring_func in ("sigmoid", "softmax"), "scoring_func", self.scoring_func,
-                 "must be 'sigmoid' (DeepSeek-V3) or 'softmax' (for comparison)")
-        _require(self.topk_method in ("noaux_tc", "aux_loss"), "topk_method", self.topk_method,
-                 "must be 'noaux_tc' (bias-corrected choice) or 'aux_loss' (for comparison)")
-        _require(self.first_k_dense_replace <= self.num_hidden_layers, "first_k_dense_replace",
-                 self.first_k_dense_replace, f"must be at most num_hidden_layers ({self.num_hidden_layers})")
-        _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim,
-                 "must be even: RoPE turns pairs of dimensions")
-        _require(self.n_routed_experts % self.n_group == 0, "n_group", self.n_group,
-                 f"must divide n_routed_experts ({self.n_routed_experts}): groups are of equal size")
-        _require(self.topk_group <= self.n_group, "topk_group", self.topk_group,
-                 f"must be at most n_group ({self.n_group})")
-        _require(self.num_experts_per_tok <= self.topk_group * self.experts_per_group, "num_experts_per_tok",
-                 self.num_experts_per_tok, f"must be at most topk_group x group size ({self.topk_group} x "
-                 f"{self.experts_per_group} = {self.topk_group * self.experts_per_group}): a token chooses within its groups")
-        _require(self.n_group == 1 or self.experts_per_group >= 2, "n_group", self.n_group,
-                 f"leaves {self.experts_per_group} expert in a group: a group is ranked by its two best, use at most "
-                 f"{self.n_routed_experts // 2} groups")
+        _require(
+            self.scoring_func in ("sigmoid", "softmax"),
+            "scoring_func",
+            self.scoring_func,
+            "must be 'sigmoid' (DeepSeek-V3) or 'softmax' (for comparison)",
+        )
+        _require(
+            self.topk_method in ("noaux_tc", "aux_loss"),
+            "topk_method",
+            self.topk_method,
+            "must be 'noaux_tc' (bias-corrected choice) or 'aux_loss' (for comparison)",
+        )
+        _require(
+            self.first_k_dense_replace <= self.num_hidden_layers,
+            "first_k_dense_replace",
+            self.first_k_dense_replace,
+            f"must be at most num_hidden_layers ({self.num_hidden_layers})",
+        )
+        _require(
+            self.qk_rope_head_dim % 2 == 0,
+            "qk_rope_head_dim",
+            self.qk_rope_head_dim,
+            "must be even: RoPE turns pairs of dimensions",
+        )
+        _require(
+            self.n_routed_experts % self.n_group == 0,
+            "n_group",
+            self.n_group,
+            f"must divide n_routed_experts ({self.n_routed_experts}): groups are of equal size",
+        )
+        _require(
+            self.topk_group <= self.n_group, "topk_group", self.topk_group, f"must be at most n_group ({self.n_group})"
+        )
+        _require(
+            self.num_experts_per_tok <= self.topk_group * self.experts_per_group,
+            "num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"must be at most topk_group x group size ({self.topk_group} x "
+            f"{self.experts_per_group} = {self.topk_group * self.experts_per_group}): a token chooses within its groups",
+        )
+        _require(
+            self.n_group == 1 or self.experts_per_group >= 2,
+            "n_group",
+            self.n_group,
+            f"leaves {self.experts_per_group} expert in a group: a group is ranked by its two best, use at most "
+            f"{self.n_routed_experts // 2} groups",
+        )
         if self.rope_scaling is not None:
-            _require(isinstance(self.rope_scaling, RopeScaling), "rope_scaling", self.rope_scaling,
-                     "must be a RopeScaling or None")
+            _require(
+                isinstance(self.rope_scaling, RopeScaling),
+                "rope_scaling",
+                self.rope_scaling,
+                "must be a RopeScaling or None",
+            )
 
     # ---- derived -------------------------------------------------------------------------------------------------
 
@@ -176,8 +232,12 @@ class ModelConfig:
             _require(not values.get(name, False), name, values.get(name), "must be false: DeepSeek-V3 has none")
         _require(values.get("moe_layer_freq", 1) == 1, "moe_layer_freq", values.get("moe_layer_freq"), "must be 1")
         heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-        _require(kv_heads is None or kv_heads == heads, "num_key_value_heads", kv_heads,
-                 f"must equal num_attention_heads ({heads}): MLA gives every head its own key and value")
+        _require(
+            kv_heads is None or kv_heads == heads,
+            "num_key_value_heads",
+            kv_heads,
+            f"must equal num_attention_heads ({heads}): MLA gives every head its own key and value",
+        )
 
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: values[name] for name in names & values.keys() if name != "rope_scaling"}
@@ -190,17 +250,23 @@ class ModelConfig:
         fields["rope_scaling"] = None
         if kind == "yarn":
             known = {field.name for field in dataclasses.fields(RopeScaling)}
-            fields["rope_scaling"] = RopeScaling(**{k: v for k, v in rope.items() if k in known and v is not None})
+            given = {k: v for k, v in rope.items() if k in known and v is not None}
+            # A file without the two mscales means YaRN's plain temperature on cos and sin, and none on the softmax scale.
+            fields["rope_scaling"] = RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0, **given})
         missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if name not in fields]
         if missing:
-            raise ConfigError(f"{missing[0]} is missing from the config: a Hugging Face config.json of DeepSeek-V3 has it")
+            raise ConfigError(
+                f"{missing[0]} is missing from the config: a Hugging Face config.json of DeepSeek-V3 has it"
+            )
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The config as a Hugging Face dict, which transformers and `from_hf` both read."""
         values = dataclasses.asdict(self)
         scaling = values.pop("rope_scaling")
-        values["rope_scaling"] = None if scaling is None else {"type": "yarn", **scaling}
+        # transformers stretches whenever the field is there; here, as in the released inference code, only beyond the
+        # original length. Where it would do nothing it is left out, so that both compute the same.
+        values["rope_scaling"] = {"type": "yarn", **scaling} if self.uses_yarn else None
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
@@ -217,29 +283,89 @@ class ModelConfig:
 
 
 _TINY = dict(
-    vocab_size=4096, hidden_size=192, num_hidden_layers=5, first_k_dense_replace=1, intermediate_size=512,
-    moe_intermediate_size=64, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, n_group=4, topk_group=2,
-    num_attention_heads=6, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-    max_position_embeddings=512, rope_scaling=None, initializer_range=0.02,
+    vocab_size=4096,
+    hidden_size=192,
+    num_hidden_layers=5,
+    first_k_dense_replace=1,
+    intermediate_size=512,
+    moe_intermediate_size=64,
+    n_routed_experts=16,
+    n_shared_experts=1,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    num_attention_heads=6,
+    q_lora_rank=96,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    max_position_embeddings=512,
+    rope_scaling=None,
+    initializer_range=0.02,
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": dict(
-        vocab_size=512, hidden_size=64, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=128,
-        moe_intermediate_size=32, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2,
-        num_attention_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-        max_position_embeddings=256, rope_scaling=None, initializer_range=0.02,
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        num_attention_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        max_position_embeddings=256,
+        rope_scaling=None,
+        initializer_range=0.02,
     ),
     "tiny": _TINY,
     "small": dict(
-        vocab_size=32768, hidden_size=1024, num_hidden_layers=16, first_k_dense_replace=1, intermediate_size=2816,
-        moe_intermediate_size=384, n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=6, n_group=8, topk_group=4,
-        num_attention_heads=16, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-        max_position_embeddings=4096, rope_scaling=None,
+        vocab_size=32768,
+        hidden_size=1024,
+        num_hidden_layers=16,
+        first_k_dense_replace=1,
+        intermediate_size=2816,
+        moe_intermediate_size=384,
+        n_routed_experts=64,
+        n_shared_experts=1,
+        num_experts_per_tok=6,
+        n_group=8,
+        topk_group=4,
+        num_attention_heads=16,
+        q_lora_rank=512,
+        kv_lora_rank=256,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        max_position_embeddings=4096,
+        rope_scaling=None,
     ),
     "16b": dict(
-        vocab_size=102400, hidden_size=2048, num_hidden_layers=27, first_k_dense_replace=1, intermediate_size=10944,
-        moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1,
-        num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512, max_position_embeddings=4096, rope_scaling=None,
+        vocab_size=102400,
+        hidden_size=2048,
+        num_hidden_layers=27,
+        first_k_dense_replace=1,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        n_group=1,
+        topk_group=1,
+        num_attention_heads=16,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        max_position_embeddings=4096,
+        rope_scaling=None,
     ),
     "671b": {},
 }
@@ -256,7 +382,12 @@ def _require_int(field: str, value: Any, least: int, hint: str = "") -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
 
 
 def _known_fields(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -264,7 +395,9 @@ def _known_fields(cls: type, values: dict[str, Any], where: str) -> dict[str, An
     for name in values:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            raise ConfigError(f"{name} is not a field of ModelConfig ({where})" + (f": did you mean {close[0]}?" if close else ""))
+            raise ConfigError(
+                f"{name} is not a field of ModelConfig ({where})" + (f": did you mean {close[0]}?" if close else "")
+            )
     return values
 
 
