@@ -30,12 +30,15 @@ PATTERN = "|".join(
         r"[^\r\n\p{L}\p{N}\p{P}\p{S}]?[\p{L}\p{M}]+",  # a word, with the space (or tab, ...) before it
         r" ?[\p{P}\p{S}]+[\r\n]*",  # signs, with the line breaks that they join: ).  .\n  }\n\n
         r"\s*[\r\n]+",  # line breaks, with the blanks before them
-        r"\s+(?!\S)",  # blanks, all but the last: that one belongs to the word after it
-        r"\s+",  # a last blank with no word after it
+        r"\s{1,1000}(?!\S)",  # blanks, all but the last: that one belongs to the word after it
+        r"\s",  # a last blank that the thing after it did not take, such as the one before a digit
         r"[^\s\p{L}\p{M}\p{N}\p{P}\p{S}]+",  # what is left: control characters and code points without a name
     )
 )
-"""DeepSeek-V3's way to cut text, in one regex, with digits one by one. Every character falls into some piece."""
+"""DeepSeek-V3's way to cut text, in one regex, with digits one by one. Every character falls into some piece.
+
+The 1,000 is for safety: an endless run of blanks would overflow the stack of tiktoken's regex engine.
+"""
 
 Pair = tuple[int, int]  # two neighbouring tokens, by id
 

@@ -13,7 +13,7 @@ import base64
 import binascii
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,7 @@ SPECIAL_TOKENS = (
 )
 CHAT_ROLES = ("system", "user", "assistant")
 SHIPPED_FILE = "tokenizer.tiktoken"
+ENCODING_NAME = "dsv3_mini"
 
 
 class UniformSource(Protocol):
@@ -47,9 +48,13 @@ class UniformSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text to ids and back. Encoding loses nothing: `decode(encode(text)) == text` for any text."""
+    """Text to ids and back. Encoding loses nothing: `decode(encode(text)) == text` for any text.
+
+    `names` maps the short names that `special` takes to tokens, for an encoding that calls them something else.
+    """
 
     encoding: tiktoken.Encoding
+    names: Mapping[str, str] = field(default_factory=lambda: {name[2:-2]: name for name in SPECIAL_TOKENS})
 
     # ---- making one ------------------------------------------------------------------------------------------------
 
@@ -66,7 +71,7 @@ class Tokenizer:
             raise DataError(f"token {twice!r} occurs twice in the ranks: every token has one rank")
         _require_all_bytes(mergeable, "the ranks")
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        return cls(tiktoken.Encoding("dsv3_mini", pat_str=PATTERN, mergeable_ranks=mergeable, special_tokens=special))
+        return cls(tiktoken.Encoding(ENCODING_NAME, pat_str=PATTERN, mergeable_ranks=mergeable, special_tokens=special))
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -84,6 +89,10 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the rank file, whole or not at all."""
+        if self.encoding.name != ENCODING_NAME:
+            raise DataError(
+                f"encoding {self.encoding.name!r} cannot be saved as a rank file: only our own tokenizers can"
+            )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(self.ranks)]
@@ -148,12 +157,11 @@ class Tokenizer:
 
     def special(self, name: str) -> int:
         """The id of a special token, by its full name `<|fim_hole|>` or the short one, `fim_hole`."""
-        for candidate in (name, f"<|{name}|>"):
-            if candidate in self.encoding.special_tokens_set:
-                return self.encoding.encode_single_token(candidate)
-        raise DataError(
-            f"special token {name!r} is not known: choose one of {', '.join(sorted(self.encoding.special_tokens_set))}"
-        )
+        token = self.names.get(name, name)
+        if token not in self.encoding.special_tokens_set:
+            known = ", ".join(self.names) or "none has a short name"
+            raise DataError(f"special token {name!r} is not in this tokenizer: choose one of {known}")
+        return self.encoding.encode_single_token(token)
 
     @cached_property
     def eos_id(self) -> int:
