@@ -746,14 +746,12 @@ def _pair(t: _Teller) -> None:
     t.take(taker, thing)
     if t.chance(0.4):
         t.say("talk", a=a, b=b)
-    if t.kind == "where_object" or t.chance(0.4):
+    if t.kind == "where_object" or (t.kind != "who_has" and t.chance(0.4)):
         t.carry_put(taker, thing, t.new_place()) if t.chance(0.5) else t.put(taker, thing)
     elif t.chance(0.6):
         t.hand(taker, thing, other)
     if t.kind == "where_person" or t.chance(0.3):
         t.go(t.rng.choice((a, b)), t.new_place())
-    if t.kind == "who_has" and thing not in t.holder:
-        t.find(taker if t.place[taker] == t.where[thing][0] else other, thing)
 
 
 _PLOTS: dict[Callable[[_Teller], None], tuple[str, ...]] = {
