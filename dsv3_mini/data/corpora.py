@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_mini.data import python_source
+from dsv3_mini.data.stories import HELD_OUT_SEED, TRAIN_SEED, generate_story
+from dsv3_mini.data.sums import generate_sum, held_out_count, held_out_sum
 from dsv3_mini.errors import DataError
 
 if TYPE_CHECKING:  # importing it takes seconds, and generated text does not need it
@@ -27,7 +29,7 @@ GENERATED = ("stories", "sums")
 OWN_PYTHON = ("code", "prose")
 DOMAINS = GENERATED + OWN_PYTHON
 SPLITS = ("train", "held_out")
-HELD_OUT_SIZES = {"stories": 1000, "sums": 800}
+HELD_OUT_STORIES = 1000
 EXTERNAL_HELD_OUT_SHARE = 0.02
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 _CHOICES = "stories, sums, code, prose, a folder, a .txt, .md, .py, .jsonl or .parquet file, or hub:owner/name"
@@ -72,9 +74,6 @@ def load_corpus(
 
 def generated_text(domain: str, split: str, index: int) -> str:
     """Document number `index` of a generated domain, made on the spot. Train has no end."""
-    from dsv3_mini.data.stories import HELD_OUT_SEED, TRAIN_SEED, generate_story
-    from dsv3_mini.data.sums import generate_sum, held_out_sum
-
     if domain == "stories":
         return generate_story(TRAIN_SEED if split == "train" else HELD_OUT_SEED, index).text
     return (generate_sum(TRAIN_SEED, index) if split == "train" else held_out_sum(index)).text
@@ -82,7 +81,7 @@ def generated_text(domain: str, split: str, index: int) -> str:
 
 def held_out_size(domain: str) -> int:
     """How many held-out documents a generated domain has."""
-    return HELD_OUT_SIZES[domain]
+    return HELD_OUT_STORIES if domain == "stories" else held_out_count()
 
 
 # ---- domains of our own --------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def held_out_size(domain: str) -> int:
 
 def _generate(domain: str, split: str) -> Iterator[dict[str, str]]:
     index = 0
-    while split == "train" or index < HELD_OUT_SIZES[domain]:
+    while split == "train" or index < held_out_size(domain):
         yield {"text": generated_text(domain, split, index), "domain": domain}
         index += 1
 
