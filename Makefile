@@ -34,8 +34,9 @@ ifneq ($(LESSONS),)
 endif
 	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadscope
 
-data: $(READY) ## rebuild what data/ holds, and check it against what is there
+data: $(READY) ## rebuild what data/ holds, and check that a second build gives the same bytes
 	$(PY) -m dsv3_mini.data.build
+	$(PY) -m dsv3_mini.data.build --check
 
 notebooks: $(READY) ## build and run the notebooks from solutions/*.py
 	$(PY) -m dsv3_mini.course.build
