@@ -245,7 +245,7 @@ _A_DESPITE_VOWEL = frozenset({"useful", "ukulele", "unicorn"})
 
 
 def article(word: str) -> str:
-    """ "a" or "an", as `word` asks for."""
+    """What stands before `word`: "a" or "an"."""
     return "an" if word[0] in "aeiou" and word not in _A_DESPITE_VOWEL else "a"
 
 

@@ -115,7 +115,7 @@ def is_task(phrase: str) -> bool:
 
 
 def gender(name: str) -> str:
-    """ "he" or "she"."""
+    """The pronoun that fits a name: "he" or "she"."""
     return _GENDER[name]
 
 
