@@ -230,6 +230,12 @@ class ModelConfig:
         _require(values.get("hidden_act", "silu") == "silu", "hidden_act", values.get("hidden_act"), "must be 'silu'")
         for name in ("attention_bias", "tie_word_embeddings"):
             _require(not values.get(name, False), name, values.get(name), "must be false: DeepSeek-V3 has none")
+        _require(
+            values.get("rope_interleave", True) is True,
+            "rope_interleave",
+            values.get("rope_interleave"),
+            "must be true: RoPE pairs neighbouring dimensions here, as in the released weights",
+        )
         _require(values.get("moe_layer_freq", 1) == 1, "moe_layer_freq", values.get("moe_layer_freq"), "must be 1")
         heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
         _require(
@@ -241,7 +247,11 @@ class ModelConfig:
 
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: values[name] for name in names & values.keys() if name != "rope_scaling"}
-        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        _require(
+            isinstance(rope, dict), "rope_scaling", rope, 'must be an object such as {"type": "yarn", ...}, or null'
+        )
+        rope = dict(rope)
         if "rope_theta" in rope:
             fields["rope_theta"] = rope.pop("rope_theta")
         kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
@@ -275,6 +285,7 @@ class ModelConfig:
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
+            "rope_interleave": True,
             "moe_layer_freq": 1,
             "ep_size": 1,
             "tie_word_embeddings": False,
