@@ -16,6 +16,7 @@ tiktoken, which does what `encode_with_ranks` does, only faster.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -116,14 +117,14 @@ def encode_with_ranks(word: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     `ranks` maps each token to its place in the list of `train_bpe`. Of equal pairs the leftmost goes first.
     """
     parts = [word[i : i + 1] for i in range(len(word))]
-    while True:
-        candidates = [
-            (ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks
-        ]
-        if not candidates:
-            return parts
-        _, i = min(candidates)
+    while len(parts) > 1:
+        unions = [ranks.get(left + right, math.inf) for left, right in zip(parts, parts[1:], strict=False)]
+        oldest = min(unions)
+        if oldest == math.inf:
+            break
+        i = unions.index(oldest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 def _merge(word: list[int], pair: Pair, token: int) -> list[int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,11 @@ class Tokenizer:
         if len(mergeable) < len(ranks):
             twice = next(token for rank, token in enumerate(ranks) if mergeable[token] != rank)
             raise DataError(f"token {twice!r} occurs twice in the ranks: every token has one rank")
-        _require_all_bytes(mergeable, "the ranks")
+        missing = [byte for byte in range(256) if bytes([byte]) not in mergeable]
+        if missing:
+            raise DataError(
+                f"byte 0x{missing[0]:02x} is missing ({len(missing)} of 256 are): every byte must be a token"
+            )
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         return cls(tiktoken.Encoding(ENCODING_NAME, pat_str=PATTERN, mergeable_ranks=mergeable, special_tokens=special))
 
@@ -80,7 +84,16 @@ class Tokenizer:
         Raises:
             DataError: the file is missing or not a complete list of ranks; the message names the line.
         """
-        return cls.from_ranks(_read_ranks(Path(path)))
+        try:
+            text = Path(path).read_text(encoding="ascii")
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist: give a tokenizer's rank file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a tokenizer's rank file: {error}") from None
+        try:
+            return cls.from_ranks(_parse_ranks(text))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
 
     @classmethod
     def shipped(cls) -> Tokenizer:
@@ -194,6 +207,8 @@ class Tokenizer:
         ids: list[int] = []
         role = ""
         for i, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise DataError(f"messages[{i}] = {message!r} must be a dict with role and content")
             role, content = message.get("role", ""), message.get("content")
             if role not in CHAT_ROLES:
                 raise DataError(f"messages[{i}].role = {role!r} must be one of {', '.join(CHAT_ROLES)}")
@@ -234,43 +249,24 @@ class Tokenizer:
         return split
 
 
-def _require_all_bytes(mergeable: Mapping[bytes, int], where: str) -> None:
-    missing = [byte for byte in range(256) if bytes([byte]) not in mergeable]
-    if missing:
-        raise DataError(
-            f"{where}: byte 0x{missing[0]:02x} is missing ({len(missing)} of 256 are): each must be a token"
-        )
-
-
-def _read_ranks(path: Path) -> list[bytes]:
+def _parse_ranks(text: str) -> list[bytes]:
     """The tokens of a rank file in the order of their ranks, which must run from 0 without a gap."""
     tokens: dict[int, bytes] = {}
-    for number, line in _lines(path):
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        match = regex.fullmatch(r"(\S+) (\d{1,9})", line.strip())
         try:
-            encoded, rank_text = line.split()
-            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
-        except (ValueError, binascii.Error):
-            raise DataError(
-                f"{path}, line {number}: {line[:60]!r} must be a token in base64, a space and its rank"
-            ) from None
+            token = base64.b64decode(match[1], validate=True) if match else b""
+        except binascii.Error:
+            token = b""
+        if not token:
+            raise DataError(f"line {number}: {line[:60]!r} must be a token in base64, a space and its rank")
+        rank = int(match[2])
         if rank in tokens:
-            raise DataError(f"{path}, line {number}: rank {rank} occurs twice")
+            raise DataError(f"line {number}: rank {rank} occurs twice")
         tokens[rank] = token
     missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
     if missing is not None:
-        raise DataError(f"{path}: rank {missing} is missing: ranks run from 0 without a gap")
-    ranks = [tokens[rank] for rank in range(len(tokens))]
-    _require_all_bytes({token: rank for rank, token in enumerate(ranks)}, str(path))
-    return ranks
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="ascii")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: give a tokenizer's rank file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a tokenizer's rank file: {error}") from None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            yield number, line
+        raise DataError(f"rank {missing} is missing: ranks run from 0 without a gap")
+    return [tokens[rank] for rank in range(len(tokens))]
