@@ -31,7 +31,7 @@ from dsv3_mini.data.shipped import shipped
 from dsv3_mini.data.stories import HELD_OUT_SEED, TRAIN_SEED, generate_story
 from dsv3_mini.data.sums import generate_sum, held_out_sum
 from dsv3_mini.data.tokenizer import SHIPPED_FILE, SPECIAL_TOKENS, Tokenizer
-from dsv3_mini.errors import DataError, UserError
+from dsv3_mini.errors import UserError
 
 VOCAB_SIZE = 4096  # special tokens included
 SHIPPED_TRAIN = 4000  # stories, and sums

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,13 @@ def load_corpus(
         raise DataError(
             f"corpus {source!r} does not exist: " + (f"did you mean {close[0]}?" if close else f"give {_CHOICES}")
         )
-    return _split_by_hash(_from_path(path, text_column), split, source)
+    try:
+        return _split_by_hash(_from_path(path, text_column), split, source)
+    except UnicodeDecodeError:  # pyarrow hands on bytes that are no UTF-8; only reading the text finds them
+        for file in _tables(path):
+            if file.suffix == ".jsonl":
+                _explain_jsonl(file, text_column)
+        raise DataError(f"corpus {source!r} is not UTF-8: convert it") from None
 
 
 def generated_text(domain: str, split: str, index: int) -> str:
@@ -106,7 +113,7 @@ def _own_python(domain: str, split: str) -> Dataset:
     """Cut once, then kept in the cache of `datasets`, which the fingerprint ties to this Python and these rules."""
     from datasets import Dataset
 
-    with _without_progress_bars():
+    with _quietly():
         try:
             dataset = Dataset.from_generator(
                 _python_documents, gen_kwargs={"domain": domain, "made_from": python_source.library_fingerprint()}
@@ -128,8 +135,8 @@ def _python_documents(domain: str, made_from: str) -> Iterator[dict[str, str]]:
 def _from_path(path: Path, text_column: str) -> Dataset:
     from datasets import Dataset, concatenate_datasets
 
-    files = sorted(_visible_files(path)) if path.is_dir() else [path]
-    tables = [file for file in files if file.suffix in (".jsonl", ".parquet")]
+    tables = _tables(path)
+    files = _visible_files(path)
     texts = [file for file in files if file.suffix in TEXT_SUFFIXES]
     if tables:
         parts = [_read_table(file, text_column) for file in tables]
@@ -140,10 +147,16 @@ def _from_path(path: Path, text_column: str) -> Dataset:
     return Dataset.from_dict({"text": [document for file in texts for document in _read_text(file)]})
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for file in folder.rglob("*"):
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            yield file
+def _visible_files(path: Path) -> list[Path]:
+    """The file itself, or a folder's files in the order of their names; names that begin with a dot are passed over."""
+    if not path.is_dir():
+        return [path]
+    files = (file for file in path.rglob("*") if file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
+
+
+def _tables(path: Path) -> list[Path]:
+    return [file for file in _visible_files(path) if file.suffix in (".jsonl", ".parquet")]
 
 
 def _read_text(file: Path) -> list[str]:
@@ -163,24 +176,29 @@ def _read_table(file: Path, text_column: str) -> Dataset:
 
     read = Dataset.from_json if file.suffix == ".jsonl" else Dataset.from_parquet
     try:
-        with _without_progress_bars():
+        with _quietly():
             dataset = read(str(file))
     except Exception as error:  # of datasets, pyarrow or the system: many kinds, none of them written for people
         if file.suffix == ".jsonl":
             _explain_jsonl(file, text_column)
         raise DataError(f"{file} cannot be read as {file.suffix[1:]}: {_first_line(error)}") from None
-    _require_column(dataset.features, text_column, str(file))
-    if dataset.data.column(text_column).null_count:
+    is_text = _is_text(dataset.features, text_column, str(file))
+    if not is_text or dataset.data.column(text_column).null_count:
         if file.suffix == ".jsonl":
             _explain_jsonl(file, text_column)
-        raise DataError(f"{file}: column {text_column!r} has rows without text: drop them, or fill them in")
+        raise DataError(
+            f"{file}: column {text_column!r} has rows that are not text: fill them in, or name another column"
+        )
     dataset = dataset.select_columns([text_column])
     return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
 
 
 def _explain_jsonl(file: Path, text_column: str) -> None:
     """Find the line that makes a JSONL file unreadable, and say so."""
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    lines = file.read_bytes().split(b"\n")
+    if not any(line.strip() for line in lines):
+        raise DataError(f"{file} is empty: there is nothing to learn from")
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else {text_column: ""}
         except UnicodeDecodeError as error:
@@ -193,9 +211,11 @@ def _explain_jsonl(file: Path, text_column: str) -> None:
             ) from None
         if not isinstance(row, dict):
             raise DataError(f"{file}, line {number}: {type(row).__name__} must be an object with {text_column!r}")
-        if not isinstance(row.get(text_column), str):
+        if text_column not in row:
             there = ", ".join(map(repr, row)) or "nothing"
-            raise DataError(f"{file}, line {number}: no text in {text_column!r}; the line has {there}")
+            raise DataError(f"{file}, line {number}: no {text_column!r}; the line has {there}")
+        if not isinstance(row[text_column], str):
+            raise DataError(f"{file}, line {number}: {text_column!r} is {json.dumps(row[text_column])[:40]}, not text")
 
 
 # ---- the hub -------------------------------------------------------------------------------------------------------
@@ -216,15 +236,16 @@ def _from_hub(source: str, split: str, text_column: str, allow_network: bool) ->
         raise DataError(f"corpus {source!r} cannot be opened: {_first_line(error)}") from None
     if first is None:
         raise DataError(f"corpus {source!r} is empty: there is nothing to learn from")
-    _require_column(dataset.features or first, text_column, source)
+    if not _is_text(dataset.features or first, text_column, source):
+        raise DataError(f"corpus {source!r}: column {text_column!r} is not text: name another as the text column")
     if text_column != "text":
         dataset = dataset.rename_column(text_column, "text")
     return dataset.filter(_in_split, fn_kwargs={"split": split}).map(_with_domain, fn_kwargs={"domain": name})
 
 
 def _in_split(row: dict[str, Any], split: str) -> bool:
-    held_out = python_source.is_held_out(row["text"] or "", EXTERNAL_HELD_OUT_SHARE)
-    return bool((row["text"] or "").strip()) and held_out == (split == "held_out")
+    text = row["text"] or ""
+    return bool(text.strip()) and (python_source.place(text) < EXTERNAL_HELD_OUT_SHARE) == (split == "held_out")
 
 
 def _with_domain(row: dict[str, Any], domain: str) -> dict[str, str]:
@@ -235,19 +256,19 @@ def _with_domain(row: dict[str, Any], domain: str) -> dict[str, str]:
 
 
 def _split_by_hash(dataset: Dataset, split: str, source: str) -> Dataset:
-    """One of the two splits of a dataset; equal texts always land on the same side."""
-    texts = list(_require_text(dataset, source)["text"])
-    rows = [i for i, text in enumerate(texts) if text.strip()]
-    held_out = [i for i in rows if python_source.is_held_out(texts[i], EXTERNAL_HELD_OUT_SHARE)]
-    if not rows:
+    """One of the two splits of a dataset; equal texts always land on the same side, texts of blanks on none."""
+    places: dict[int, float] = {}
+    for row, document in enumerate(_require_text(dataset, source)):
+        if document["text"].strip():
+            places[row] = python_source.place(document["text"])
+    if not places:
         raise DataError(f"corpus {source!r} is empty: there is nothing to learn from")
-    if not held_out or len(held_out) == len(rows):  # a small corpus: the last text
-        held_out = [i for i in rows if texts[i] == texts[rows[-1]]]
-    chosen = held_out if split == "held_out" else sorted(set(rows) - set(held_out))
-    if not chosen:
-        raise DataError(
-            f"corpus {source!r} has one document only: at least two are needed, so that one can be held out"
-        )
+    least, most = min(places.values()), max(places.values())
+    if least == most:
+        raise DataError(f"corpus {source!r} has only one document: at least two are needed, one of them to be held out")
+    # In a small corpus the hash may leave a side empty: then the text that is nearest to being held out is.
+    share = EXTERNAL_HELD_OUT_SHARE if least < EXTERNAL_HELD_OUT_SHARE <= most else math.nextafter(least, 1)
+    chosen = [row for row, place in places.items() if (place < share) == (split == "held_out")]
     domain = Path(source).stem or "text"
     return dataset.select(chosen).add_column("domain", [domain] * len(chosen))
 
@@ -258,14 +279,13 @@ def _require_text(dataset: Dataset, source: str) -> Dataset:
     return dataset
 
 
-def _require_column(columns: Any, text_column: str, where: str) -> None:
+def _is_text(columns: Mapping[str, Any], text_column: str, where: str) -> bool:
+    """Whether a column, by its feature or by a value of it, is one of text; a DataError if it is not there."""
     if text_column not in columns:
-        raise DataError(
-            f"{where} has no column {text_column!r}: name another as the text column; it has {', '.join(map(repr, columns))}"
-        )
-    dtype = getattr(columns[text_column], "dtype", "string")
-    if dtype not in ("string", "large_string"):
-        raise DataError(f"{where}: column {text_column!r} holds {dtype}, not text: name another as the text column")
+        there = ", ".join(map(repr, columns))
+        raise DataError(f"{where} has no column {text_column!r}: name another as the text column; it has {there}")
+    column = columns[text_column]
+    return isinstance(column, str) or getattr(column, "dtype", None) in ("string", "large_string")
 
 
 def _first_line(error: Exception) -> str:
@@ -276,13 +296,16 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _quietly() -> Iterator[None]:
+    """No progress bars and no log of what is reported as one error line anyway; both as they were afterwards."""
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
+    shown, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()

@@ -17,7 +17,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CODE_CHARS = 700  # about 250 tokens of our own tokenizer
@@ -48,7 +48,7 @@ def python_documents(domain: str) -> Iterator[dict[str, str]]:
         if digest in seen:
             continue
         seen.add(digest)
-        split = "held_out" if is_held_out(name, HELD_OUT_SHARE) else "train"
+        split = "held_out" if place(name) < HELD_OUT_SHARE else "train"
         document = {"text": text, "domain": domain, "split": split, "name": name}
         if split == "train":
             yield document
@@ -57,9 +57,10 @@ def python_documents(domain: str) -> Iterator[dict[str, str]]:
     yield from later
 
 
-def is_held_out(name: str, share: float) -> bool:
-    """Whether a document is for validation only: a stable hash of its name falls into the lowest `share`."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
+def place(name: str) -> float:
+    """A stable hash of a name or a text as a number in [0, 1): what lies below a share is held out."""
+    # 53 bits are what a float holds exactly, so that 1.0 is never reached.
+    return (int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 11) / 2**53
 
 
 def library_fingerprint() -> str:
@@ -163,7 +164,7 @@ def _is_english(text: str) -> bool:
     return len(words) >= 8 and "." in text and _share(lambda c: c.isalpha() or c == " ", text) > 0.85
 
 
-def _share(test, text: str) -> float:
+def _share(test: Callable[[str], bool], text: str) -> float:
     return sum(map(test, text)) / len(text)
 
 
