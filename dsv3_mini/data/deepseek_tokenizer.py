@@ -65,7 +65,7 @@ class SplitEncoding(tiktoken.Encoding):
         # Text reaches the core in pieces that are already cut, so its own regex takes each as a whole.
         super().__init__(name, pat_str=r"(?s:.+)", mergeable_ranks=mergeable_ranks, special_tokens=special_tokens)
         self.splits = tuple(splits)
-        self._patterns = [regex.compile(pattern) for pattern in splits]
+        self._patterns = [_compile(pattern) for pattern in splits]
         self.late_special = frozenset(late_special)
 
     def cut(self, text: str) -> list[str]:
@@ -209,11 +209,20 @@ def _splits(pre_tokenizer: Any) -> list[str]:
         else:
             raise DataError(f"pre_tokenizer step {kind!r} is not supported: use Split, Digits and ByteLevel")
     for pattern in patterns:
-        try:
-            regex.compile(pattern)
-        except regex.error as error:
-            raise DataError(f"pre_tokenizer pattern {pattern!r} is not a regex that Python can read: {error}") from None
+        _compile(pattern)
     return patterns
+
+
+def _compile(pattern: str) -> regex.Pattern[str]:
+    """A pattern of tokenizer.json, written for the engine Oniguruma, where `$` is the end of a line."""
+    strange = regex.search(r"\\[hHZ]|&&", pattern)
+    _require(
+        not strange, "pre_tokenizer pattern", pattern, f"uses {strange and strange[0]}, which Python reads differently"
+    )
+    try:
+        return regex.compile(pattern, regex.MULTILINE)
+    except regex.error as error:
+        raise DataError(f"pre_tokenizer pattern {pattern!r} is not a regex that Python can read: {error}") from None
 
 
 def _flatten(pre_tokenizer: Any) -> list[Any]:
