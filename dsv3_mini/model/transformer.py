@@ -16,8 +16,8 @@ from dsv3_mini.model.attention import LayerCache
 from dsv3_mini.model.block import Block
 from dsv3_mini.model.experts import GroupedExperts
 from dsv3_mini.model.mtp import MTPModule
-from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.norm import RMSNorm
+from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.router import Router, Routing
 
 
@@ -63,7 +63,7 @@ class DeepSeekV3(nn.Module):
     def initialise(self) -> None:
         """Every matrix from a normal of std `initializer_range`, norms at one, gate biases at zero (report section 4.2)."""
         for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
+            for parameter in module.parameters(recurse=False):
                 if isinstance(module, RMSNorm):
                     parameter.fill_(1.0)
                 else:

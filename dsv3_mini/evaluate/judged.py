@@ -1,0 +1,96 @@
+"""Judged samples: text that the model writes, read by the grammar that it was taught.
+
+Four scores, all on what training never saw: free samples that are well-formed (and consistent) stories; answers to
+held-out story questions; held-out two-digit sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dsv3_mini.data import stories, sums
+from dsv3_mini.data.story_judge import judge_story, well_formed_sentence
+from dsv3_mini.data.tokenizer import Tokenizer
+from dsv3_mini.inference.generate import complete
+from dsv3_mini.model import DeepSeekV3
+
+STORY_TOKENS = 220  # room for the longest story of the grammar
+ANSWER_TOKENS = 16
+SUM_TOKENS = 80
+
+
+@dataclass(frozen=True)
+class JudgedScores:
+    """Shares from 0 to 1 of `samples` free samples and `questions` held-out questions of each kind."""
+
+    samples: int
+    well_formed: float
+    consistent: float
+    own_answer_right: float
+    questions: int
+    story_answers: float
+    sum_answers: float
+    problems: list[str]
+
+    def to_log(self) -> dict[str, Any]:
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def judge_model(
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    samples: int = 200,
+    questions: int = 200,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> JudgedScores:
+    """Sample stories at `temperature` from the first words of held-out openings' domain, and answer greedily.
+
+    Free samples start from the end-of-text token and the model chooses the domain: what begins like a story is judged.
+    """
+    verdicts = [judge_story(text) for text in sample_stories(model, tokenizer, samples, temperature, seed)]
+    held_out = [stories.generate_story(stories.HELD_OUT_SEED, i) for i in range(questions)]
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(stories.prompt_of(story))] for story in held_out]
+    answers = complete(model, prompts, ANSWER_TOKENS, stop_id=tokenizer.eos_id)
+    right = [stories.is_right(story, tokenizer.decode(ids)) for story, ids in zip(held_out, answers, strict=True)]
+    problems = [
+        sums.held_out_sum(i * sums.held_out_count() // questions) for i in range(min(questions, sums.held_out_count()))
+    ]
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(problem.prompt)] for problem in problems]
+    worked = complete(model, prompts, SUM_TOKENS, stop_id=tokenizer.eos_id)
+    summed = [sums.is_right(problem, tokenizer.decode(ids)) for problem, ids in zip(problems, worked, strict=True)]
+    return JudgedScores(
+        samples=samples,
+        well_formed=_share(v.well_formed for v in verdicts),
+        consistent=_share(v.consistent for v in verdicts),
+        own_answer_right=_share(bool(v.answer_right) for v in verdicts),
+        questions=questions,
+        story_answers=_share(right),
+        sum_answers=_share(summed),
+        problems=[v.problem for v in verdicts if v.problem][:5],
+    )
+
+
+def sample_stories(model: DeepSeekV3, tokenizer: Tokenizer, count: int, temperature: float, seed: int) -> list[str]:
+    """`count` samples that begin as stories begin: with the first token of a held-out story each."""
+    firsts = [tokenizer.encode(stories.generate_story(stories.HELD_OUT_SEED, i).text)[0] for i in range(count)]
+    prompts = [[tokenizer.eos_id, first] for first in firsts]
+    generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
+    new = complete(model, prompts, STORY_TOKENS, temperature, tokenizer.eos_id, generator)
+    return [tokenizer.decode([first, *ids]) for first, ids in zip(firsts, new, strict=True)]
+
+
+def count_well_formed_sentences(text: str) -> tuple[int, int]:
+    """(well-formed, all) sentences of a text's plot: a first sign of life, long before whole stories come out right."""
+    plot = text.split("\n")[0]
+    sentences = [s.strip() + "." for s in plot.split(". ") if s.strip()]
+    sentences = [s[:-1] if s.endswith("..") else s for s in sentences]
+    return sum(well_formed_sentence(s) for s in sentences), len(sentences)
+
+
+def _share(flags: Any) -> float:
+    flags = list(flags)
+    return sum(map(bool, flags)) / max(len(flags), 1)

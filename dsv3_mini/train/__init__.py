@@ -1,0 +1,1 @@
+"""Pre-training (report section 4): schedules, losses, load balance, the trainer and its checkpoints."""

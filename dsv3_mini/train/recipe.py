@@ -1,0 +1,171 @@
+"""Recipe: all that a pre-training run is besides its model and its data (report section 4.2), and the presets.
+
+`deepseek-v3` holds the report's own values. The small presets keep its shape (five pieces of learning rate, a growing
+batch, gamma switched off and lambda lowered near the end) with values that suit a model of millions of parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv3_mini.data.stream import MIXTURE
+from dsv3_mini.errors import ConfigError
+from dsv3_mini.train.schedules import Piece, Schedule, constant, steps, tokens_after
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains. Schedules are functions of tokens seen; `batch_size` and `micro_batch` count sequences.
+
+    Raises:
+        ConfigError: a field breaks a rule; the message names the field, its value and the rule.
+    """
+
+    total_tokens: int
+    learning_rate: Schedule
+    batch_size: Schedule
+    context: Schedule
+    gamma: Schedule
+    mtp_lambda: Schedule
+    alpha: float = 1e-4
+    micro_batch: int = 16
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "fp32"  # or "bf16": weights and activations; the optimizer keeps FP32 masters either way
+    seed: int = 0
+    mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    log_every: int = 10  # steps
+    evaluate_every: int = 1_000_000  # tokens
+    checkpoint_every: int = 500_000  # tokens
+
+    def __post_init__(self) -> None:
+        for name in ("total_tokens", "micro_batch", "log_every", "evaluate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} = {value!r} must be a whole number of at least 1")
+        for name in ("alpha", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} = {value!r} must be a number of at least 0")
+        if not 0 < self.clip_norm < math.inf:
+            raise ConfigError(f"clip_norm = {self.clip_norm!r} must be a number above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay = {self.ema_decay!r} must be at least 0 and below 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision = {self.precision!r} must be 'fp32' or 'bf16'")
+        for value in self.betas:
+            if not 0 <= value < 1:
+                raise ConfigError(f"betas = {self.betas!r} must be at least 0 and below 1")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Recipe:
+        """A named recipe with any field changed. `total_tokens` stretches the preset's schedules to its length."""
+        if name not in PRESETS:
+            raise ConfigError(f"recipe {name!r} is not known: choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]().replace(**changes)
+
+    def replace(self, **changes: Any) -> Recipe:
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                raise ConfigError(f"{name} is not a field of Recipe" + (f": did you mean {close[0]}?" if close else ""))
+        total = changes.get("total_tokens", self.total_tokens)
+        recipe = self
+        if isinstance(total, int) and total > 0 and total != self.total_tokens:
+            factor = total / self.total_tokens
+            schedules = {n: getattr(self, n).stretched(factor) for n in names if isinstance(getattr(self, n), Schedule)}
+            recipe = dataclasses.replace(self, **schedules)
+        return dataclasses.replace(recipe, **changes)
+
+
+def deepseek_v3() -> Recipe:
+    """Report section 4.2, token for token: 14.8T of them, AdamW, the two context extensions not counted."""
+    trillion = 1e12
+    context = constant("context", 4096)
+    batch_size = Schedule("batch_size", (Piece(0.469 * trillion, 3072, 15360),))
+    warmup = tokens_after(2000, batch_size, context)
+    return Recipe(
+        total_tokens=int(14.8 * trillion),
+        learning_rate=Schedule(
+            "learning_rate",
+            (
+                Piece(warmup, 0.0, 2.2e-4),
+                Piece(10.0 * trillion, 2.2e-4, 2.2e-4),
+                Piece(14.3 * trillion, 2.2e-4, 2.2e-5, "cosine"),
+                Piece(14.633 * trillion, 2.2e-5, 2.2e-5),
+                Piece(14.8 * trillion, 7.3e-6, 7.3e-6),
+            ),
+        ),
+        batch_size=batch_size,
+        context=context,
+        gamma=steps("gamma", 0.001, (14.3 * trillion, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (10.0 * trillion, 0.1)),
+        alpha=1e-4,
+        precision="bf16",
+        checkpoint_every=10**11,
+        evaluate_every=10**11,
+    )
+
+
+def tiny() -> Recipe:
+    """A laptop, about an hour. The report's shape; a higher learning rate, as small models take, and a longer decay.
+
+    Gamma starts ten times the report's, since biases have 2,000 steps to find their place and not 200,000.
+    """
+    million = 1e6
+    return Recipe(
+        total_tokens=12_000_000,
+        learning_rate=Schedule(
+            "learning_rate",
+            (
+                Piece(0.2 * million, 0.0, 3e-3),
+                Piece(5.0 * million, 3e-3, 3e-3),
+                Piece(11.0 * million, 3e-3, 3e-4, "cosine"),
+                Piece(11.5 * million, 3e-4, 3e-4),
+                Piece(12.0 * million, 1e-4, 1e-4),
+            ),
+        ),
+        batch_size=Schedule("batch_size", (Piece(2.0 * million, 8, 16),)),
+        context=constant("context", 256),
+        gamma=Schedule(
+            "gamma", (Piece(1.0 * million, 0.01, 0.01), Piece(11.5 * million, 0.01, 0.001), Piece(12e6, 0.0, 0.0))
+        ),
+        mtp_lambda=steps("mtp_lambda", 0.3, (8.0 * million, 0.1)),
+        alpha=1e-3,
+    )
+
+
+def nano() -> Recipe:
+    """Seconds: for tests and for the first look at a run."""
+    return Recipe(
+        total_tokens=32_768,
+        learning_rate=Schedule(
+            "learning_rate",
+            (
+                Piece(2_048, 0.0, 3e-3),
+                Piece(20_480, 3e-3, 3e-3),
+                Piece(28_672, 3e-3, 3e-4, "cosine"),
+                Piece(30_720, 3e-4, 3e-4),
+                Piece(32_768, 1e-4, 1e-4),
+            ),
+        ),
+        batch_size=Schedule("batch_size", (Piece(8_192, 4, 8),)),
+        context=constant("context", 64),
+        gamma=steps("gamma", 0.01, (30_720, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (20_480, 0.1)),
+        micro_batch=8,
+        log_every=1,
+        evaluate_every=16_384,
+        checkpoint_every=4_096,
+    )
+
+
+PRESETS = {"deepseek-v3": deepseek_v3, "tiny": tiny, "nano": nano}

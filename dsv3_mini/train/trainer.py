@@ -1,0 +1,328 @@
+"""The pre-training loop: one optimizer step is a page, all around it is keeping a run safe.
+
+A run is a folder:
+
+    RUN/config.json       the model, Hugging Face names       RUN/recipe.json   the recipe, as it was started
+    RUN/log.jsonl         one line a logged step or evaluation
+    RUN/checkpoints/      what it resumes from                RUN/model/        the trained model, HF layout (at the end)
+
+A run that is killed resumes from its last checkpoint and ends with the same weights, to the bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.data.packing import IGNORED, inputs_and_targets
+from dsv3_mini.data.stream import TokenStream
+from dsv3_mini.data.tokenizer import Tokenizer
+from dsv3_mini.errors import CheckpointError, ConfigError, UserError
+from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
+from dsv3_mini.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from dsv3_mini.train.losses import training_losses
+from dsv3_mini.train.optimizer import MasterAdamW
+from dsv3_mini.train.recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Diverged(UserError):
+    """A loss or a gradient is not a finite number."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did. Losses in nats per token; load per sparse layer; max_vio of each of them."""
+
+    step: int
+    tokens: int
+    loss: float
+    mtp_loss: float
+    balance_loss: float
+    learning_rate: float
+    batch_size: int
+    gamma: float
+    mtp_lambda: float
+    grad_norm: float
+    tokens_per_second: float
+    load: dict[int, list[int]] = field(repr=False)
+
+    @property
+    def max_vio(self) -> dict[int, float]:
+        return {layer: max_violation(torch.tensor(load)) for layer, load in self.load.items()}
+
+    def to_log(self) -> dict[str, Any]:
+        values = {k: round(v, 6) if isinstance(v, float) else v for k, v in vars(self).items()}
+        return {**values, "max_vio": {layer: round(vio, 4) for layer, vio in self.max_vio.items()}}
+
+
+class Trainer:
+    """A run in `folder`: started there if it is empty or absent, resumed if it holds checkpoints.
+
+    Args:
+        folder: the run's folder.
+        cfg, recipe: the model and how to train it; a resumed run must be given the same.
+        tokenizer: what the stream encodes with; its vocabulary must fit the model's.
+        open_stream: makes the stream of rows of a given length; `TokenStream` of the recipe's mixture by default.
+        device: where to train.
+
+    Raises:
+        ConfigError: the tokenizer does not fit, or the folder holds another run. CheckpointError: a damaged checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: ModelConfig,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        open_stream: Callable[[int], TokenStream] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if tokenizer.n_vocab > cfg.vocab_size:
+            raise ConfigError(f"vocab_size = {cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens")
+        self.folder, self.cfg, self.recipe, self.tokenizer, self.device = folder, cfg, recipe, tokenizer, device
+        self._open_stream = open_stream or self._default_stream
+        self._adopt_folder()
+        torch.manual_seed(recipe.seed)
+        # Masters are taken from the FP32 initialisation, so that FP32 and BF16 runs start from the same weights.
+        model = DeepSeekV3(cfg).to(device)
+        self.model = model.to(DTYPES[recipe.precision])
+        self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay)
+        self.step, self.tokens = 0, 0
+        self.stream = self._open_stream(round(recipe.context(0)))
+        self.last_saved: Path | None = None
+        found = checkpoints(folder)
+        if found:
+            self._resume(found[-1])
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> StepReport:
+        """One optimizer step on the next batch, in micro-batches; afterwards every gate bias moves once."""
+        recipe, began = self.recipe, time.perf_counter()
+        learning_rate, gamma = recipe.learning_rate(self.tokens), recipe.gamma(self.tokens)
+        mtp_lambda, batch_size = recipe.mtp_lambda(self.tokens), round(recipe.batch_size(self.tokens))
+        rows = self._next_rows(batch_size).to(self.device)
+        _, all_targets = inputs_and_targets(rows, self.tokenizer.pad_id)
+        kept = (all_targets != IGNORED).sum()
+        counter, sums = LoadCounter(), torch.zeros(3, device=self.device)
+        for part in rows.split(recipe.micro_batch):
+            inputs, targets = inputs_and_targets(part, self.tokenizer.pad_id)
+            share = (targets != IGNORED).sum() / kept
+            losses = training_losses(self.model, inputs, targets, mtp_lambda, recipe.alpha)
+            self._require_finite(losses.total, "loss")
+            (losses.total * share).backward()
+            counter.add(losses.routing)
+            sums += share * torch.stack([losses.main, losses.mtp, losses.balance])
+        grad_norm = self.optimizer.step(learning_rate, recipe.clip_norm)
+        self._require_finite(grad_norm, "gradient norm")
+        update_biases(self.model, counter.load, gamma)
+        self.step += 1
+        self.tokens += rows.shape[0] * (rows.shape[1] - 1)
+        main, mtp, balance = sums.tolist()
+        speed = rows.shape[0] * (rows.shape[1] - 1) / (time.perf_counter() - began)
+        load = {layer: counted.tolist() for layer, counted in counter.load.items()}
+        return StepReport(self.step, self.tokens, main, mtp, balance, learning_rate, batch_size, gamma, mtp_lambda,
+                          float(grad_norm), speed, load)  # fmt: skip
+
+    def run(self, observers: Iterable[Observer] = (), should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the recipe's end, or until `should_stop` says so; either way the run is saved. True if at the end.
+
+        Each observer is told of every step, and asked for an evaluation whenever one is due; what it returns is logged.
+        """
+        observers = list(observers)
+        with RunLog(self.folder / "log.jsonl", self.step) as log:
+            while self.tokens < self.recipe.total_tokens and not should_stop():
+                before = self.tokens
+                report = self.train_step()
+                if report.step % self.recipe.log_every == 0 or report.step == 1:
+                    log.write({"kind": "step", **report.to_log()})
+                for observer in observers:
+                    observer.on_step(report)
+                done = self.tokens >= self.recipe.total_tokens
+                if done or _crossed(before, self.tokens, self.recipe.evaluate_every):
+                    for observer in observers:
+                        log.write(
+                            {"kind": "evaluation", "step": self.step, "tokens": self.tokens, **observer.evaluate(self)}
+                        )
+                if not done and _crossed(before, self.tokens, self.recipe.checkpoint_every):
+                    self.save()
+        self.save()
+        return self.tokens >= self.recipe.total_tokens
+
+    def _next_rows(self, batch_size: int) -> Int[Tensor, "b s1"]:
+        context = round(self.recipe.context(self.tokens))
+        if context != self.stream.seq_len:
+            self.stream = self._open_stream(context)
+        return self.stream.next_batch(batch_size)
+
+    def _default_stream(self, context: int) -> TokenStream:
+        return TokenStream(self.tokenizer, context, self.recipe.mixture, seed=self.recipe.seed)
+
+    def _require_finite(self, value: Tensor, what: str) -> None:
+        if torch.isfinite(value):
+            return
+        culprit = first_not_finite(self.model, self.optimizer.masters)
+        last = checkpoints(self.folder)
+        good = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was written yet"
+        raise Diverged(
+            f"step {self.step + 1}: {what} is {float(value)}, first seen in {culprit}: training stopped; {good}. "
+            "Lower the learning rate, or look at the data of this step"
+        )
+
+    # ---- keeping it safe -------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        tensors = self.optimizer.tensors()
+        for router in routers(self.model):
+            if router.e_score_correction_bias is not None:
+                tensors[f"gate_bias.{router.layer}"] = router.e_score_correction_bias
+        tensors["rng"] = torch.get_rng_state()
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "context": self.stream.seq_len,
+            "stream": self.stream.state_dict(),
+        }
+        self.last_saved = save_checkpoint(self.folder, self.step, tensors, state)
+        return self.last_saved
+
+    def _resume(self, folder: Path) -> None:
+        checkpoint = load_checkpoint(folder)
+        self.optimizer.load_tensors(checkpoint.tensors)
+        for router in routers(self.model):
+            if router.e_score_correction_bias is not None:
+                router.e_score_correction_bias.copy_(checkpoint.tensors[f"gate_bias.{router.layer}"])
+        torch.set_rng_state(checkpoint.tensors["rng"])
+        state = checkpoint.state
+        self.step, self.tokens = state["step"], state["tokens"]
+        if state["context"] != self.stream.seq_len:
+            self.stream = self._open_stream(state["context"])
+        self.stream.load_state_dict(state["stream"])
+        self.last_saved = folder
+
+    def averaged_model(self) -> DeepSeekV3:
+        """A copy of the model, in FP32, with the moving average of the weights and the biases of now."""
+        with torch.device("meta"):
+            model = DeepSeekV3(self.cfg)
+        model = model.to_empty(device=self.device)
+        weights = self.optimizer.ema or self.optimizer.masters
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+            for name, buffer in model.named_buffers():
+                buffer.copy_(self.model.get_buffer(name))
+        return model.eval()
+
+    def _adopt_folder(self) -> None:
+        """Note what this run is; a folder that holds another run is left alone."""
+        wanted = {"config.json": self.cfg.to_hf(), "recipe.json": recipe_record(self.recipe)}
+        for name, values in wanted.items():
+            file = self.folder / name
+            if not file.exists():
+                continue
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise CheckpointError(
+                    f"{file} is not JSON: this folder cannot be resumed, choose another --out"
+                ) from None
+            if found != json.loads(json.dumps(values)):
+                other = next((k for k in values if found.get(k) != json.loads(json.dumps(values[k]))), "its fields")
+                raise ConfigError(
+                    f"{file} is of another run ({other} differs): give the flags that it was started with, or another --out"
+                )
+        occupied = self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "recipe.json").exists()
+        if occupied:
+            raise ConfigError(f"{self.folder} is not empty and holds no run: choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, values in wanted.items():
+            write_json(self.folder / name, values)
+
+
+class Observer:
+    """Told of every step; asked for an evaluation when one is due."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def evaluate(self, trainer: Trainer) -> dict[str, Any]:
+        return {}
+
+
+class RunLog:
+    """JSON lines. A resumed run first drops the lines written after its checkpoint, so that no step stands twice."""
+
+    def __init__(self, file: Path, step: int) -> None:
+        self.file = file
+        if file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+            temporary = file.with_suffix(".partial")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, file)
+
+    def __enter__(self) -> RunLog:
+        self.handle = self.file.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.close()
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.handle.write(json.dumps(line) + "\n")
+        self.handle.flush()
+
+
+def first_not_finite(model: DeepSeekV3, masters: dict[str, Tensor]) -> str:
+    """The name of the first weight, else gradient, that holds a NaN or an infinity."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in masters.items():
+        if not torch.isfinite(tensor).all():
+            return f"weight {name}"
+    for name, tensor in masters.items():
+        gradient = tensor.grad if tensor.grad is not None else parameters[name].grad
+        if gradient is not None and not torch.isfinite(gradient).all():
+            return f"gradient of {name}"
+    return "an activation (all weights and gradients are finite)"
+
+
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain JSON."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "pieces"):
+            return [[p.until if p.until < 1e300 else "end", p.start, p.end, p.shape] for p in value.pieces]
+        return dict(value) if isinstance(value, dict) else value
+
+    return {name: plain(value) for name, value in vars(recipe).items()}
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    temporary = file.with_suffix(".json.partial")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _crossed(before: int, after: int, every: int) -> bool:
+    return before // every != after // every
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # a line cut short by a kill
