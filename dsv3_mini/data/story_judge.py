@@ -228,7 +228,7 @@ class _World:
             case "give" | "sell" | "lend" | "back":
                 self._together(a, b)
                 if reading.kind == "back":
-                    _require(b in self.held_by[thing], f"{b} never had the {thing}")
+                    _require(b in self.held_by.get(thing, ()), f"{b} never had the {thing}")
                 self._hand_over(reading.kind, a, thing, b)
             case "trade":
                 self._together(a, b)

@@ -7,6 +7,7 @@ wrong category, and keep reading fast.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 
@@ -96,6 +97,16 @@ def read_sentence(sentence: str) -> Reading:
         Unreadable: the grammar has no such sentence, or a word stands where its category may not.
     """
     return _read(sentence, _SENTENCES)
+
+
+def all_readings(sentence: str) -> list[Reading]:
+    """Every way to read a sentence; empty if there is none. The language wants it to have one meaning."""
+    matches = [(m, found) for ms in _SENTENCES.values() for m in ms if (found := m.regex.fullmatch(sentence))]
+    readings = []
+    for matcher, found in matches:
+        with contextlib.suppress(Unreadable):
+            readings.append(_check(matcher, found.groups()))
+    return readings
 
 
 def read_question(question: str) -> Reading:

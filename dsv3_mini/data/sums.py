@@ -187,11 +187,11 @@ class SumVerdict:
     problem: str | None
 
 
-_NUMBER = r"(0|[1-9]\d*)"
+_NUMBER = r"(0|[1-9][0-9]*)"
 _QUESTION_LINE = re.compile(rf"{_NUMBER} ([-+x]) {_NUMBER} = \?")
 _ANSWER_LINE = re.compile(rf"answer: {_NUMBER}")
 _STEP_LINE = re.compile(rf"(ones|tens|hundreds): (.+), write {_NUMBER}(?:, (carry|borrow) {_NUMBER})?")
-_EQUATION = re.compile(r"(\d+(?: [-+x] \d+)+) = (\d+)")
+_EQUATION = re.compile(r"([0-9]+(?: [-+x] [0-9]+)+) = ([0-9]+)")
 
 
 def judge_sum(text: str) -> SumVerdict:
@@ -293,7 +293,7 @@ def _frame_regex(frame: str) -> re.Pattern[str]:
             pattern += f"(?P={piece})"
         else:
             seen.add(piece)
-            pattern += f"(?P<{piece}>" + (r"[1-9]\d" if len(piece) == 1 else r"[A-Za-z]+") + ")"
+            pattern += f"(?P<{piece}>" + (r"[1-9][0-9]" if len(piece) == 1 else r"[A-Za-z]+") + ")"
     return re.compile(pattern)
 
 
