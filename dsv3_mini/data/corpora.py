@@ -270,7 +270,7 @@ def _split_by_hash(dataset: Dataset, split: str, source: str) -> Dataset:
     share = EXTERNAL_HELD_OUT_SHARE if least < EXTERNAL_HELD_OUT_SHARE <= most else math.nextafter(least, 1)
     chosen = [row for row, place in places.items() if (place < share) == (split == "held_out")]
     domain = Path(source).stem or "text"
-    return dataset.select(chosen).add_column("domain", [domain] * len(chosen))
+    return dataset.add_column("domain", [domain] * len(dataset)).select(chosen)
 
 
 def _require_text(dataset: Dataset, source: str) -> Dataset:

@@ -100,7 +100,7 @@ def split_code(source: str, limit: int = CODE_CHARS) -> list[str]:
 
 def split_prose(text: str, limit: int = PROSE_CHARS) -> list[str]:
     """Cut text at paragraph ends (at sentence or line ends within a paragraph that is too long), joined up to `limit`."""
-    paragraphs = [p.strip("\n") for p in re.split(r"\n[ \t]*\n", text) if p.strip()]
+    paragraphs = [p.strip("\n").rstrip() for p in re.split(r"\n[ \t]*\n", text) if p.strip()]
     short: list[str] = []
     for paragraph in paragraphs:
         while len(paragraph) > limit:

@@ -36,5 +36,7 @@ def find(name: str, root: Path) -> Path:
         raise DataError(f"shipped file {name!r} must be a path inside data/: leave out '..' and the leading '/'")
     path = root.joinpath(*parts.parts)
     if parts.parts and not path.exists():
-        raise DataError(f"shipped file {name!r} is not in {root}: reinstall dsv3-mini, or run `make data` in a checkout")
+        raise DataError(
+            f"shipped file {name!r} is not in {root}: reinstall dsv3-mini, or run `make data` in a checkout"
+        )
     return path

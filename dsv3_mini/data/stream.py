@@ -29,7 +29,7 @@ from dsv3_mini.data.packing import pack
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
 
-MIXTURE = {"stories": 0.45, "sums": 0.2, "code": 0.2, "prose": 0.15}  # shares of the tokens
+MIXTURE = {"stories": 0.5, "sums": 0.2, "code": 0.15, "prose": 0.15}  # shares of the tokens
 SPLIT_RATE = 0.1  # of the tokens that join punctuation and line breaks; the report does not say its share
 STATE_FORMAT = 1
 
@@ -190,6 +190,18 @@ class TokenStream:
         if not 0 <= state["row"] < len(block.result().rows):
             raise DataError(f"stream state: row {state['row']} is not in its block of {len(block.result().rows)} rows")
         self._block, self._next, self._row = block, None, int(state["row"])
+
+    def follow(self, other: TokenStream) -> None:
+        """Begin after the block that `other` hands out, with settings of our own: no document of it is read again.
+
+        For a change of seq_len in the middle of a training (report section 4.3). Both must mix the same corpora.
+        """
+        if self.mixture.keys() != other.mixture.keys():
+            raise DataError(
+                f"mixture {sorted(self.mixture)} cannot follow {sorted(other.mixture)}: mix the same corpora"
+            )
+        before = other._block.result()
+        self._block, self._next, self._row = self._worker.submit(self._build, before.number + 1, before.end), None, 0
 
     def _settings(self) -> dict[str, Any]:
         vocabulary = hashlib.sha256(b"".join(self.tokenizer.ranks)).hexdigest()[:16]

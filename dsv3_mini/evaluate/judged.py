@@ -18,6 +18,7 @@ from dsv3_mini.inference.generate import complete
 from dsv3_mini.model import DeepSeekV3
 
 STORY_TOKENS = 220  # room for the longest story of the grammar
+JUDGED_CONTEXT = 256  # the least context that holds every prompt and its answer
 ANSWER_TOKENS = 16
 SUM_TOKENS = 80
 
@@ -47,10 +48,7 @@ def judge_model(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> JudgedScores:
-    """Sample stories at `temperature` from the first words of held-out openings' domain, and answer greedily.
-
-    Free samples start from the end-of-text token and the model chooses the domain: what begins like a story is judged.
-    """
+    """Sample stories at `temperature`, each from the first token of a held-out story, and answer questions greedily."""
     verdicts = [judge_story(text) for text in sample_stories(model, tokenizer, samples, temperature, seed)]
     held_out = [stories.generate_story(stories.HELD_OUT_SEED, i) for i in range(questions)]
     prompts = [[tokenizer.eos_id, *tokenizer.encode(stories.prompt_of(story))] for story in held_out]

@@ -71,7 +71,8 @@ def choose(logits: Float[Tensor, "b v"], temperature: float, generator: torch.Ge
     """The likeliest token of each row, or one sampled at the temperature."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    below_best = logits - logits.amax(dim=-1, keepdim=True)  # 0 at the best, so that no temperature can overflow it
+    return torch.multinomial((below_best / temperature).softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
 
 def complete(

@@ -17,17 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv3_mini.errors import CheckpointError
 
+STATE = ("step", "tokens", "seconds", "context", "stream")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
+    folder: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+
+    def tensor(self, name: str, shape: torch.Size) -> Tensor:
+        """One of its tensors. CheckpointError names the tensor if it is missing or of another shape."""
+        tensor = self.tensors.get(name)
+        if tensor is None or tensor.shape != shape:
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise CheckpointError(
+                f"{self.folder / 'state.safetensors'}: {name} {found}, expected {tuple(shape)}: remove {self.folder.name} "
+                "to resume from the one before"
+            )
+        return tensor
 
 
 def save_checkpoint(
@@ -35,23 +50,27 @@ def save_checkpoint(
 ) -> Path:
     """Write one, then remove the oldest beyond `keep`. Returns its folder."""
     root = run / "checkpoints"
-    final = root / f"step-{step:08d}"
+    final = root / checkpoint_name(step)
     temporary = root / f".{final.name}.{os.getpid()}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
     (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for file in temporary.iterdir():
+    for file in [*temporary.iterdir(), temporary]:
         _flush(file)
     if final.exists():
-        shutil.rmtree(final)
+        _take_away(final)
     os.replace(temporary, final)
     _flush(root)
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        _take_away(old)
     for partial in root.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -63,14 +82,24 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one back. Raises a CheckpointError that names the file if it is missing or damaged."""
     file = folder / "state.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = dict(json.loads(file.read_text(encoding="utf-8")))
+        missing = [name for name in STATE if name not in state]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
         file = folder / "state.safetensors"
-        return Checkpoint(load_file(file), state)
-    except (OSError, ValueError, SafetensorError) as error:
-        first_line = str(error).splitlines()[0]
+        return Checkpoint(folder, load_file(file), state)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{file} cannot be read ({first_line}): remove {folder.name} to resume from the one before"
         ) from None
+
+
+def _take_away(folder: Path) -> None:
+    """Rename, then delete: a kill while files are being deleted leaves nothing that looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.partial")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -37,21 +37,29 @@ def training_losses(
     mtp_weight: float,
     balance_weight: float,
     document_ids: Int[Tensor, "b s"] | None = None,
+    batch_targets: Int[Tensor, "B s"] | None = None,
 ) -> Losses:
     """All losses of one micro-batch.
 
     Args:
         targets: the token that follows each of `tokens`, or `packing.IGNORED`.
         mtp_weight: the report's lambda. balance_weight: the report's alpha.
+        batch_targets: of the whole batch, where these tokens are a part of it. Each loss is then this part of the
+            batch's mean, and the parts add up to the same step however the batch is cut.
     """
+    whole = targets if batch_targets is None else batch_targets
     states = model.hidden_states(tokens, document_ids)
     head = model.lm_head.weight
-    main = cross_entropy(states.main, head, targets)
+    main = cross_entropy(states.main, head, targets, kept_targets(whole))
     zero = main.new_zeros(())
     # Depth j reads j tokens further, so its targets start j positions later.
-    depths = [cross_entropy(h, head, targets[:, j:]) for j, h in enumerate(states.mtp, start=1)] if mtp_weight else []
+    depths = [
+        cross_entropy(hidden, head, targets[:, j:], kept_targets(whole[:, j:]))
+        for j, hidden in enumerate(states.mtp if mtp_weight else [], start=1)
+    ]
     mtp = torch.stack(depths).mean() if depths else zero
     balance = sum((sequence_balance_loss(r.scores, r.chosen.shape[-1]) for r in states.routing), zero)
+    balance = balance * (len(targets) / len(whole))
     total = main + mtp_weight * mtp + balance_weight * balance
     routing = [r.detach() for r in states.routing]
     return Losses(total, main.detach(), mtp.detach(), balance.detach(), routing)
@@ -71,15 +79,26 @@ def sequence_balance_loss(scores: Float[Tensor, "b s e"], k: int) -> Float[Tenso
 
 
 def cross_entropy(
-    hidden: Float[Tensor, "b s d"], head: Float[Tensor, "v d"], targets: Int[Tensor, "b s"]
+    hidden: Float[Tensor, "b s d"],
+    head: Float[Tensor, "v d"],
+    targets: Int[Tensor, "b s"],
+    count: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy in nats of `hidden @ head.T` against targets, without ever holding all logits.
 
     The logits of a batch are by far its largest tensor (b s v). Here they live for one chunk of tokens at a time, and
     their gradient is formed while they are there. `dsv3 bench loss` prints time and memory beside the plain way.
+
+    Args:
+        count: what the sum is divided by; the number of targets that are not ignored, by default.
     """
     rows, flat = rearrange(hidden, "b s d -> (b s) d"), rearrange(targets, "b s -> (b s)")
-    return _ChunkedCrossEntropy.apply(rows, head, flat)
+    return _ChunkedCrossEntropy.apply(rows, head, flat, kept_targets(targets) if count is None else count)
+
+
+def kept_targets(targets: Int[Tensor, "b s"]) -> Int[Tensor, ""]:
+    """How many targets are not ignored; at least 1, so that a mean over none is 0."""
+    return (targets != IGNORED).sum().clamp(min=1)
 
 
 CHUNK = 512
@@ -90,9 +109,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forward computes loss and gradients chunk by chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, count: Tensor) -> Tensor:
         kept = targets != IGNORED
-        count = kept.sum().clamp(min=1)
         wants_grad = hidden.requires_grad or head.requires_grad
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if wants_grad else None
@@ -114,9 +132,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None
+        return grad_hidden * grad, grad_head * grad, None, None
 
 
 def token_losses(

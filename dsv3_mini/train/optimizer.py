@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dsv3_mini.errors import CheckpointError
+from dsv3_mini.train.checkpoint import Checkpoint
 
 
 class MasterAdamW:
@@ -18,9 +18,20 @@ class MasterAdamW:
     towards zero, norms do not.
     """
 
-    def __init__(self, model: nn.Module, betas: tuple[float, float], weight_decay: float, ema_decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        betas: tuple[float, float],
+        weight_decay: float,
+        ema_decay: float,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`start`: the FP32 weights that the model was rounded from; without it, masters start at the rounded ones."""
         self.parameters = dict(model.named_parameters())
-        self.masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in self.parameters.items()}
+        start = start or self.parameters
+        self.masters = {
+            n: p if p.dtype == torch.float32 else start[n].detach().float() for n, p in self.parameters.items()
+        }
         matrices = [m for m in self.masters.values() if m.ndim > 1]
         others = [m for m in self.masters.values() if m.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -28,14 +39,29 @@ class MasterAdamW:
         self.ema_decay = ema_decay
         self.ema = {n: m.detach().clone() for n, m in self.masters.items()} if ema_decay else {}
 
-    def step(self, learning_rate: float, clip_norm: float) -> Tensor:
-        """Clip, update, round into the model, forget the gradients; returns the gradient norm before clipping."""
+    def collect_gradients(self) -> None:
+        """Add the model's gradients to the masters', in FP32: many micro-batches added up in BF16 would lose their tails."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
+            if master is not parameter and parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
-        norm = nn.utils.clip_grad_norm_(list(self.masters.values()), clip_norm)
+
+    def clip_gradients(self, clip_norm: float) -> Tensor:
+        """Scale the masters' gradients down to a norm of at most `clip_norm`; returns the norm before.
+
+        A norm that is not finite leaves the gradients as they are, so that the guilty one can still be told.
+        """
+        self.collect_gradients()
+        masters = list(self.masters.values())
+        norm = nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        if torch.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(masters, clip_norm, norm)
+        return norm
+
+    def step(self, learning_rate: float) -> None:
+        """Update the masters, their moving average and the model, and forget the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()
@@ -45,7 +71,6 @@ class MasterAdamW:
                 averages, masters = list(self.ema.values()), [m.detach() for m in self.masters.values()]
                 torch._foreach_lerp_(averages, masters, 1 - self.ema_decay)
             self._round_into_model()
-        return norm
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name: master.*, ema.*, and AdamW's exp_avg.*, exp_avg_sq.*, step.*."""
@@ -56,23 +81,17 @@ class MasterAdamW:
         return kept
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, checkpoint: Checkpoint) -> None:
         """Take back what `tensors` gave. CheckpointError names the first tensor that is missing or of another shape."""
         for prefix, own in (("master", self.masters), ("ema", self.ema)):
             for name, tensor in own.items():
-                key = f"{prefix}.{name}"
-                if key not in tensors or tensors[key].shape != tensor.shape:
-                    found = "is missing" if key not in tensors else f"has shape {tuple(tensors[key].shape)}"
-                    raise CheckpointError(
-                        f"checkpoint: {key} {found}, expected {tuple(tensor.shape)}: resume with its config"
-                    )
-                tensor.copy_(tensors[key])
+                tensor.copy_(checkpoint.tensor(f"{prefix}.{name}", tensor.shape))
         for name, master in self.masters.items():
-            state = {
-                key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}.{name}" in tensors
-            }
-            if state:
-                self.adamw.state[master] = {key: value.clone() for key, value in state.items()}
+            shapes = {"exp_avg": master.shape, "exp_avg_sq": master.shape, "step": torch.Size()}
+            if any(f"{key}.{name}" in checkpoint.tensors for key in shapes):  # none before the first step
+                self.adamw.state[master] = {
+                    key: checkpoint.tensor(f"{key}.{name}", shape).clone() for key, shape in shapes.items()
+                }
         self._round_into_model()
 
     @torch.no_grad()

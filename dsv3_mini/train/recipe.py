@@ -37,7 +37,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float = 0.99
     precision: str = "fp32"  # or "bf16": weights and activations; the optimizer keeps FP32 masters either way
     seed: int = 0
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
@@ -50,19 +50,23 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} = {value!r} must be a whole number of at least 1")
+        for name in ("learning_rate", "batch_size", "context", "gamma", "mtp_lambda"):
+            if not isinstance(getattr(self, name), Schedule):
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r} must be a Schedule: constant({name!r}, value) is one"
+                )
         for name in ("alpha", "weight_decay"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{name} = {value!r} must be a number of at least 0")
-        if not 0 < self.clip_norm < math.inf:
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)!r} must be a number of at least 0")
+        if not _is_number(self.clip_norm) or self.clip_norm <= 0:
             raise ConfigError(f"clip_norm = {self.clip_norm!r} must be a number above 0")
-        if not 0 <= self.ema_decay < 1:
+        if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay = {self.ema_decay!r} must be at least 0 and below 1")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision = {self.precision!r} must be 'fp32' or 'bf16'")
-        for value in self.betas:
-            if not 0 <= value < 1:
-                raise ConfigError(f"betas = {self.betas!r} must be at least 0 and below 1")
+        betas = self.betas if isinstance(self.betas, tuple) else ()
+        if len(betas) != 2 or not all(_is_number(value) and 0 <= value < 1 for value in betas):
+            raise ConfigError(f"betas = {self.betas!r} must be two numbers, at least 0 and below 1")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Recipe:
@@ -122,23 +126,24 @@ def tiny() -> Recipe:
     """
     million = 1e6
     return Recipe(
-        total_tokens=12_000_000,
+        total_tokens=8_400_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.2 * million, 0.0, 3e-3),
-                Piece(5.0 * million, 3e-3, 3e-3),
-                Piece(11.0 * million, 3e-3, 3e-4, "cosine"),
-                Piece(11.5 * million, 3e-4, 3e-4),
-                Piece(12.0 * million, 1e-4, 1e-4),
+                Piece(4.0 * million, 3e-3, 3e-3),
+                Piece(7.8 * million, 3e-3, 3e-4, "cosine"),
+                Piece(8.1 * million, 3e-4, 3e-4),
+                Piece(8.4 * million, 1e-4, 1e-4),
             ),
         ),
         batch_size=Schedule("batch_size", (Piece(2.0 * million, 8, 16),)),
         context=constant("context", 256),
         gamma=Schedule(
-            "gamma", (Piece(1.0 * million, 0.01, 0.01), Piece(11.5 * million, 0.01, 0.001), Piece(12e6, 0.0, 0.0))
+            "gamma",
+            (Piece(1.0 * million, 0.01, 0.01), Piece(8.1 * million, 0.01, 0.001), Piece(8.4 * million, 0.0, 0.0)),
         ),
-        mtp_lambda=steps("mtp_lambda", 0.3, (8.0 * million, 0.1)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (5.7 * million, 0.1)),
         alpha=1e-3,
     )
 
@@ -166,6 +171,10 @@ def nano() -> Recipe:
         evaluate_every=16_384,
         checkpoint_every=4_096,
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 PRESETS = {"deepseek-v3": deepseek_v3, "tiny": tiny, "nano": nano}

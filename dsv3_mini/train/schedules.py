@@ -33,7 +33,7 @@ class Schedule:
     """Pieces in order of `until`; after the last one its end value stays.
 
     Raises:
-        ConfigError: no pieces, pieces out of order, or a shape that is not known.
+        ConfigError: no pieces, pieces out of order, a shape that is not known, or a value that is not finite.
     """
 
     name: str
@@ -44,12 +44,14 @@ class Schedule:
             raise ConfigError(f"{self.name} has no pieces: give at least one")
         before = 0.0
         for piece in self.pieces:
-            if piece.until <= before:
+            if not piece.until > before:
                 raise ConfigError(
                     f"{self.name}: a piece until {piece.until:g} tokens must end after {before:g}, in order"
                 )
             if piece.shape not in ("linear", "cosine"):
                 raise ConfigError(f"{self.name}: shape {piece.shape!r} must be 'linear' or 'cosine'")
+            if not (math.isfinite(piece.start) and math.isfinite(piece.end)):
+                raise ConfigError(f"{self.name}: a piece from {piece.start} to {piece.end} must have finite values")
             before = piece.until
 
     def __call__(self, tokens: float) -> float:

@@ -24,13 +24,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.data.packing import IGNORED, inputs_and_targets
+from dsv3_mini.data.packing import inputs_and_targets
 from dsv3_mini.data.stream import TokenStream
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import CheckpointError, ConfigError, UserError
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
-from dsv3_mini.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
 from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW
 from dsv3_mini.train.recipe import Recipe
@@ -57,6 +57,7 @@ class StepReport:
     mtp_lambda: float
     grad_norm: float
     tokens_per_second: float
+    seconds: float  # of training so far, over all resumptions
     load: dict[int, list[int]] = field(repr=False)
 
     @property
@@ -95,18 +96,20 @@ class Trainer:
             raise ConfigError(f"vocab_size = {cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens")
         self.folder, self.cfg, self.recipe, self.tokenizer, self.device = folder, cfg, recipe, tokenizer, device
         self._open_stream = open_stream or self._default_stream
-        self._adopt_folder()
+        self._refuse_other_run()
         torch.manual_seed(recipe.seed)
         # Masters are taken from the FP32 initialisation, so that FP32 and BF16 runs start from the same weights.
         model = DeepSeekV3(cfg).to(device)
+        start = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.model = model.to(DTYPES[recipe.precision])
-        self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay)
-        self.step, self.tokens = 0, 0
+        self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stream = self._open_stream(round(recipe.context(0)))
         self.last_saved: Path | None = None
         found = checkpoints(folder)
         if found:
             self._resume(found[-1])
+        self._adopt_folder()  # last, so that a start that fails leaves nothing behind
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -117,31 +120,33 @@ class Trainer:
         mtp_lambda, batch_size = recipe.mtp_lambda(self.tokens), round(recipe.batch_size(self.tokens))
         rows = self._next_rows(batch_size).to(self.device)
         _, all_targets = inputs_and_targets(rows, self.tokenizer.pad_id)
-        kept = (all_targets != IGNORED).sum()
         counter, sums = LoadCounter(), torch.zeros(3, device=self.device)
         for part in rows.split(recipe.micro_batch):
             inputs, targets = inputs_and_targets(part, self.tokenizer.pad_id)
-            share = (targets != IGNORED).sum() / kept
-            losses = training_losses(self.model, inputs, targets, mtp_lambda, recipe.alpha)
+            losses = training_losses(self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets)
             self._require_finite(losses.total, "loss")
-            (losses.total * share).backward()
+            losses.total.backward()
+            self.optimizer.collect_gradients()
             counter.add(losses.routing)
-            sums += share * torch.stack([losses.main, losses.mtp, losses.balance])
-        grad_norm = self.optimizer.step(learning_rate, recipe.clip_norm)
+            sums += torch.stack([losses.main, losses.mtp, losses.balance])
+        grad_norm = self.optimizer.clip_gradients(recipe.clip_norm)
         self._require_finite(grad_norm, "gradient norm")
+        self.optimizer.step(learning_rate)
         update_biases(self.model, counter.load, gamma)
         self.step += 1
         self.tokens += rows.shape[0] * (rows.shape[1] - 1)
         main, mtp, balance = sums.tolist()
-        speed = rows.shape[0] * (rows.shape[1] - 1) / (time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self.seconds += took
+        speed = rows.shape[0] * (rows.shape[1] - 1) / took
         load = {layer: counted.tolist() for layer, counted in counter.load.items()}
         return StepReport(self.step, self.tokens, main, mtp, balance, learning_rate, batch_size, gamma, mtp_lambda,
-                          float(grad_norm), speed, load)  # fmt: skip
+                          float(grad_norm), speed, self.seconds, load)  # fmt: skip
 
     def run(self, observers: Iterable[Observer] = (), should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the recipe's end, or until `should_stop` says so; either way the run is saved. True if at the end.
 
-        Each observer is told of every step, and asked for an evaluation whenever one is due; what it returns is logged.
+        What observers return when an evaluation is due is logged.
         """
         observers = list(observers)
         with RunLog(self.folder / "log.jsonl", self.step) as log:
@@ -154,13 +159,14 @@ class Trainer:
                     observer.on_step(report)
                 done = self.tokens >= self.recipe.total_tokens
                 if done or _crossed(before, self.tokens, self.recipe.evaluate_every):
+                    scores = {k: v for observer in observers for k, v in observer.evaluate(self).items()}
+                    log.write({"kind": "evaluation", "step": self.step, "tokens": self.tokens, **scores})
                     for observer in observers:
-                        log.write(
-                            {"kind": "evaluation", "step": self.step, "tokens": self.tokens, **observer.evaluate(self)}
-                        )
+                        observer.on_evaluation(scores)
                 if not done and _crossed(before, self.tokens, self.recipe.checkpoint_every):
                     self.save()
-        self.save()
+        if self.last_saved is None or self.last_saved.name != checkpoint_name(self.step):
+            self.save()
         return self.tokens >= self.recipe.total_tokens
 
     def _next_rows(self, batch_size: int) -> Int[Tensor, "b s1"]:
@@ -195,6 +201,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
+            "seconds": self.seconds,
             "context": self.stream.seq_len,
             "stream": self.stream.state_dict(),
         }
@@ -203,13 +210,14 @@ class Trainer:
 
     def _resume(self, folder: Path) -> None:
         checkpoint = load_checkpoint(folder)
-        self.optimizer.load_tensors(checkpoint.tensors)
+        self.optimizer.load_tensors(checkpoint)
         for router in routers(self.model):
-            if router.e_score_correction_bias is not None:
-                router.e_score_correction_bias.copy_(checkpoint.tensors[f"gate_bias.{router.layer}"])
-        torch.set_rng_state(checkpoint.tensors["rng"])
+            bias = router.e_score_correction_bias
+            if bias is not None:
+                bias.copy_(checkpoint.tensor(f"gate_bias.{router.layer}", bias.shape))
+        torch.set_rng_state(checkpoint.tensor("rng", torch.get_rng_state().shape))
         state = checkpoint.state
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if state["context"] != self.stream.seq_len:
             self.stream = self._open_stream(state["context"])
         self.stream.load_state_dict(state["stream"])
@@ -228,39 +236,52 @@ class Trainer:
                 buffer.copy_(self.model.get_buffer(name))
         return model.eval()
 
-    def _adopt_folder(self) -> None:
-        """Note what this run is; a folder that holds another run is left alone."""
-        wanted = {"config.json": self.cfg.to_hf(), "recipe.json": recipe_record(self.recipe)}
-        for name, values in wanted.items():
+    def _refuse_other_run(self) -> None:
+        """A folder that holds another run, or something that is no run, is left alone."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"{self.folder} is a file: choose another --out")
+        for name, values in self._records().items():
             file = self.folder / name
             if not file.exists():
                 continue
             try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                found = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
                 raise CheckpointError(
-                    f"{file} is not JSON: this folder cannot be resumed, choose another --out"
+                    f"{file} is not a JSON object: this folder cannot be resumed, choose another --out"
                 ) from None
-            if found != json.loads(json.dumps(values)):
-                other = next((k for k in values if found.get(k) != json.loads(json.dumps(values[k]))), "its fields")
+            other = next((k for k in [*values, *found] if k not in found or found[k] != values.get(k)), None)
+            if other:
                 raise ConfigError(
                     f"{file} is of another run ({other} differs): give the flags that it was started with, or another --out"
                 )
-        occupied = self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "recipe.json").exists()
-        if occupied:
+        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        # A run that was killed as it began has only some of these.
+        begun = {suffixed for name in self._records() for suffixed in (name, f"{name}.partial")}
+        if names - begun and "recipe.json" not in names:
             raise ConfigError(f"{self.folder} is not empty and holds no run: choose another --out")
+
+    def _adopt_folder(self) -> None:
+        """Note what this run is."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, values in wanted.items():
+        for name, values in self._records().items():
             write_json(self.folder / name, values)
+
+    def _records(self) -> dict[str, dict[str, Any]]:
+        """What the two files say that tell one run from another, as JSON gives it back."""
+        records = {"config.json": self.cfg.to_hf(), "recipe.json": recipe_record(self.recipe)}
+        return {name: json.loads(json.dumps(values)) for name, values in records.items()}
 
 
 class Observer:
-    """Told of every step; asked for an evaluation when one is due."""
+    """Told of every step; asked for scores when an evaluation is due, then told all observers' scores."""
 
     def on_step(self, report: StepReport) -> None: ...
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         return {}
+
+    def on_evaluation(self, scores: dict[str, Any]) -> None: ...
 
 
 class RunLog:

@@ -1,0 +1,61 @@
+"""dsv3 eval: bits per byte by domain, and samples judged by the grammar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from dsv3_mini.commands.flags import add_model, number, read_model, whole
+from dsv3_mini.data.stream import MIXTURE, held_out_rows
+from dsv3_mini.errors import DataError
+from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
+from dsv3_mini.evaluate.judged import judge_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--domains", nargs="+", default=list(MIXTURE), help="corpora (default: the four of the course)")
+    parser.add_argument("--rows", type=whole(1), default=64, help="held-out rows a domain (default: 64)")
+    parser.add_argument("--context", type=whole(2), default=256, help="tokens a row (default: 256)")
+    parser.add_argument(
+        "--samples", type=whole(0), default=200, help="judged samples and questions; 0 judges none (default: 200)"
+    )
+    parser.add_argument("--temperature", type=number(0), default=1.0, help="of the judged samples (default: 1)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the judged samples (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    model, tokenizer = read_model(args)
+    if args.context > model.cfg.max_position_embeddings:
+        raise DataError(
+            f"--context {args.context} is more than max_position_embeddings = {model.cfg.max_position_embeddings}"
+        )
+    scores: dict[str, object] = {"bits_per_byte": {}}
+    for domain in args.domains:
+        held_out = held_out_rows(domain, tokenizer, args.context, args.rows)
+        value = bits_per_byte(model, held_out.tokens, held_out.n_bytes, tokenizer.pad_id)
+        scores["bits_per_byte"][domain] = round(value, 4)
+    if args.samples:
+        judged = judge_model(model, tokenizer, args.samples, args.samples, args.temperature, args.seed)
+        scores["judged"] = judged.to_log()
+    if args.json:
+        print(json.dumps(scores, indent=2))
+        return 0
+    print("bits per byte, held out")
+    for domain, value in scores["bits_per_byte"].items():
+        print(f"  {domain:10} {value:.3f}")
+    if args.samples:
+        print(
+            f"judged, held out ({judged.samples} samples at temperature {args.temperature:g}, {judged.questions} questions of a kind)"
+        )
+        rows = {
+            "samples that are well-formed stories": judged.well_formed,
+            "... and break no rule of their world": judged.consistent,
+            "... and answer their own question": judged.own_answer_right,
+            "story questions answered right": judged.story_answers,
+            "two-digit sums right": judged.sum_answers,
+        }
+        for name, share in rows.items():
+            print(f"  {name:38} {share:6.1%}")
+    return 0

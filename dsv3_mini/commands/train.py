@@ -1,0 +1,136 @@
+"""dsv3 train: train a model from the beginning, or go on with a run that was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, number, read_config, whole
+from dsv3_mini.data.stream import TokenStream
+from dsv3_mini.data.tokenizer import Tokenizer
+from dsv3_mini.errors import ConfigError
+from dsv3_mini.evaluate.observer import Validation
+from dsv3_mini.hub import save_pretrained
+from dsv3_mini.train.display import Display
+from dsv3_mini.train.recipe import PRESETS as RECIPES
+from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.trainer import Trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, default="tiny")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="how to train (default: the preset's own, else tiny's)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="the run's folder, resumed if it holds one (default: runs/PRESET)"
+    )
+    parser.add_argument("--tokens", type=whole(1), metavar="N", help="stretch the recipe to so many tokens")
+    parser.add_argument(
+        "--mixture",
+        metavar="CORPUS=SHARE,...",
+        help="corpora and shares: stories, sums, code, prose, paths, hub:owner/name",
+    )
+    parser.add_argument("--text-column", default="text", help="the column of JSONL and Parquet that holds the text")
+    parser.add_argument("--allow-network", action="store_true", help="let hub: corpora be read from the network")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a rank file in tiktoken's form (default: the one that ships)"
+    )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of weights and activations; masters stay FP32")
+    parser.add_argument("--micro-batch", type=whole(1), help="sequences at a time: lower it where memory is short")
+    parser.add_argument("--seed", type=whole(0), help="of weights and data (default: the recipe's)")
+    parser.add_argument("--threads", type=whole(1), help="CPU threads (default: torch's choice)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--judge", type=whole(0), default=64, help="samples to judge at each evaluation (default: 64)")
+    parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cfg, recipe = read_config(args), read_recipe(args)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {args.device} is not here: this machine has no CUDA GPU, leave --device out")
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.shipped()
+    folder = Path(args.out or f"runs/{args.preset}")
+
+    def open_stream(context: int) -> TokenStream:
+        return TokenStream(
+            tokenizer,
+            context,
+            recipe.mixture,
+            seed=recipe.seed,
+            text_column=args.text_column,
+            allow_network=args.allow_network,
+        )
+
+    trainer = Trainer(folder, cfg, recipe, tokenizer, open_stream, args.device)
+    model_folder = folder / "model"
+    if trainer.tokens >= recipe.total_tokens and model_folder.exists():
+        print(f"{folder} has ended ({trainer.tokens:,} tokens): its model is {model_folder}; another --out starts anew")
+        return 0
+    validation = Validation(list(recipe.mixture), tokenizer, samples=args.judge, text_column=args.text_column)
+    with stop_on_interrupt(args.minutes) as stopped, Display(trainer) as display:
+        ended = trainer.run([display, validation], stopped)
+    if not ended:
+        print(
+            f"stopped after step {trainer.step} ({trainer.tokens:,} tokens), saved: the same command goes on from here"
+        )
+        return 0
+    save_pretrained(trainer.averaged_model(), model_folder, overwrite=model_folder.exists())
+    tokenizer.save(model_folder / TOKENIZER_FILE)
+    print(f"trained: {model_folder}; try `dsv3 sample --model {folder}` and `dsv3 eval --model {folder}`")
+    return 0
+
+
+def read_recipe(args: argparse.Namespace) -> Recipe:
+    name = args.recipe or (args.preset if args.preset in RECIPES else "tiny")
+    changes = {
+        "total_tokens": args.tokens,
+        "precision": args.precision,
+        "micro_batch": args.micro_batch,
+        "seed": args.seed,
+        "mixture": None if args.mixture is None else parse_mixture(args.mixture),
+    }
+    return Recipe.preset(name, **{key: value for key, value in changes.items() if value is not None})
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """'stories=0.6,code=0.4' or 'my_folder' (a share of 1 where none is given)."""
+    mixture: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
+        try:
+            value = float(share)
+        except ValueError:
+            raise ConfigError(
+                f"--mixture: the share of {name!r} is {share!r}: give a number, as in stories=0.6,code=0.4"
+            ) from None
+        if not name or name in mixture:
+            raise ConfigError(f"--mixture {text!r}: {'a corpus has no name' if not name else name + ' stands twice'}")
+        mixture[name] = value
+    return mixture
+
+
+@contextmanager
+def stop_on_interrupt(minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C (or a time limit) asks the run to stop after its step; a second Ctrl-C stops it where it is."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        for caught in before:
+            signal.signal(caught, signal.default_int_handler)
+
+    before = {caught: signal.signal(caught, ask) for caught in (signal.SIGINT, signal.SIGTERM)}
+    deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    try:
+        yield lambda: asked or time.monotonic() > deadline
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

@@ -1,0 +1,38 @@
+"""Validation during a run: bits per byte of each domain, and judged samples where the run learns the grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dsv3_mini.data.stream import held_out_rows
+from dsv3_mini.data.tokenizer import Tokenizer
+from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
+from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model, sample_stories
+from dsv3_mini.train.trainer import Observer, Trainer
+
+ROWS = 16  # held-out rows a domain: enough for two digits, quick enough to do often
+
+
+class Validation(Observer):
+    """Measures the averaged weights; never touches the run's own model, data or random state."""
+
+    def __init__(self, domains: Sequence[str], tokenizer: Tokenizer, samples: int, text_column: str = "text") -> None:
+        self.domains, self.tokenizer, self.samples, self.text_column = list(domains), tokenizer, samples, text_column
+
+    def evaluate(self, trainer: Trainer) -> dict[str, Any]:
+        model, context = trainer.averaged_model(), trainer.stream.seq_len
+        scores: dict[str, Any] = {"bits_per_byte": {}}
+        for domain in self.domains:
+            if domain.startswith("hub:"):
+                continue  # a streamed corpus would be read from its beginning each time
+            held_out = held_out_rows(domain, self.tokenizer, context, ROWS, text_column=self.text_column)
+            rows = held_out.tokens.to(trainer.device)
+            scores["bits_per_byte"][domain] = round(
+                bits_per_byte(model, rows, held_out.n_bytes, self.tokenizer.pad_id), 4
+            )
+        learns_grammar = {"stories", "sums"} <= set(self.domains)
+        if self.samples and learns_grammar and trainer.cfg.max_position_embeddings >= JUDGED_CONTEXT:
+            scores["judged"] = judge_model(model, self.tokenizer, self.samples, self.samples).to_log()
+            scores["sample"] = sample_stories(model, self.tokenizer, 1, temperature=1.0, seed=trainer.step)[0]
+        return scores
