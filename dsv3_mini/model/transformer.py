@@ -62,6 +62,8 @@ class DeepSeekV3(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Every matrix from a normal of std `initializer_range`, norms at one, gate biases at zero (report section 4.2)."""
+        if self.lm_head.weight.is_meta:
+            return  # no numbers to draw; and torch would load its compiler to draw them
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 if isinstance(module, RMSNorm):
