@@ -184,12 +184,17 @@ def test_equals_the_counted_tensors_of_transformers(cfg):
 def test_activated_is_all_but_the_experts_that_a_token_does_not_meet(cfg):
     with torch.device("meta"):
         model = oracle(cfg)
-    idle = 0
-    for name, weight in model.named_parameters():
-        if ".experts." in name:  # stacked: [experts, out, in]
-            idle += (cfg.n_routed_experts - cfg.num_experts_per_tok) * weight[0].numel()
-    assert books.activated(cfg) == counted(model.parameters()) - idle
-    assert books.activated(cfg, embedding=False) == books.activated(cfg) - model.model.embed_tokens.weight.numel()
+        mtp = MtpModel(copy.deepcopy(model), cfg.num_nextn_predict_layers)
+
+    def met(module: nn.Module) -> int:
+        idle = cfg.n_routed_experts - cfg.num_experts_per_tok
+        stacks = [weight for name, weight in module.named_parameters() if ".experts." in name]  # [experts, out, in]
+        return counted(module.parameters()) - sum(idle * weight[0].numel() for weight in stacks)
+
+    parameters = books.count_parameters(cfg)
+    assert parameters.activated == books.activated(cfg) == met(model)
+    assert books.activated(cfg, embedding=False) == met(model) - model.model.embed_tokens.weight.numel()
+    assert parameters.activated_mtp == met(mtp.layers) + len(mtp.layers) * model.lm_head.weight.numel()
 
 
 @many
