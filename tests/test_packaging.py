@@ -161,8 +161,10 @@ def test_shipped_looks_into_the_wheel_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../LICENSE", "tiny/../../LICENSE", "/etc/hosts", "no_such_file.json"])
 def test_shipped_stays_inside_and_says_what_is_missing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "data/tiny").mkdir(parents=True)
+    (tmp_path / "LICENSE").touch()
     with pytest.raises(DataError, match=re.escape(repr(name))) as error:
-        find(name, tmp_path)
+        find(name, tmp_path / "data")
     assert "\n" not in str(error.value)
 
 
@@ -296,6 +298,7 @@ def test_ci_installs_what_is_missing_and_ends_as_make_test_does(
         [installs] if installs and apt == 0 else []
     )
     assert ("apt-get update" in asked) == (installs is not None)
+    assert ("could not install" in done.stdout) == (apt != 0)
 
 
 def test_ci_run_is_executable() -> None:
