@@ -2,6 +2,7 @@
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.hub import from_pretrained, save_pretrained
+from dsv3_mini.inference import generate
 from dsv3_mini.model import DeepSeekV3
 
-__all__ = ["DeepSeekV3", "ModelConfig", "from_pretrained", "save_pretrained"]
+__all__ = ["DeepSeekV3", "ModelConfig", "from_pretrained", "generate", "save_pretrained"]
