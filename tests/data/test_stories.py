@@ -312,6 +312,28 @@ def test_stories_that_cannot_have_happened_are_refused(case: str) -> None:
     assert str(reason) in str(verdict.problem), verdict.problem
 
 
+def test_who_sees_a_thing_go_no_longer_remembers_it_there() -> None:
+    remembers = "Mira thought that the lantern was under the table."
+    for taken in ("Tom took the lantern.", "A goat stole the lantern and left it in the cellar."):
+        verdict = judge_story(
+            document([*MARBLE[:3], taken, remembers, MARBLE[7]], "What is the lantern made of?", "copper")
+        )
+        assert verdict.well_formed and "does not remember" in str(verdict.problem), verdict
+        away = [*MARBLE[:5], taken, remembers, MARBLE[7]]
+        assert judge_story(document(away, "What is the lantern made of?", "copper")).answer_right
+
+
+def test_nobody_sees_a_thing_being_lost() -> None:
+    loses = [*MARBLE[:2], "By accident, Mira lost the lantern in the kitchen.", "{}", MARBLE[7]]
+    for sentence, consistent in {
+        "Tom thought that the lantern was in the kitchen.": False,
+        "Mira thought that the lantern was in the kitchen.": False,
+        "Tom found the lantern in the kitchen.": True,
+    }.items():
+        lines = [line.format(sentence) for line in loses]
+        assert judge_story(document(lines, "What is the lantern made of?", "copper")).consistent == consistent
+
+
 def test_other_answers_are_wrong(some: list[Story]) -> None:
     """Any other phrase of the right form that stands in the story is judged wrong, or unfit."""
     refused = 0
