@@ -134,7 +134,7 @@ def configs(draw, **fixed):
     return ModelConfig(**{**values, **fixed})
 
 
-many = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def counted(tensors) -> int:
