@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import CheckpointError
 from dsv3_mini.hub.fp8_blocks import BLOCK
-from dsv3_mini.hub.names import GATE_BIAS, is_mtp_name, released_tensors, shared_names
+from dsv3_mini.hub.names import is_mtp_name, released_tensors, shared_names
 from dsv3_mini.hub.reader import FLOATS, TensorFolder, as_dtype, read_tensors, some
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.experts import GroupedExperts
@@ -103,7 +103,7 @@ def _check(tensors: TensorFolder, expected: Mapping[str, Tensor], passed_over: s
     types = [
         f"{name} {tensors.stored_dtype(name)}"
         for name in present
-        if tensors.stored_dtype(name) not in (*FLOATS, "F8_E4M3") or _is_quantised_bias(tensors, name)
+        if tensors.stored_dtype(name) not in (*FLOATS, "F8_E4M3")
     ]
     said = [
         f"{len(names)} {what} ({some(names)})"
@@ -120,7 +120,3 @@ def _check(tensors: TensorFolder, expected: Mapping[str, Tensor], passed_over: s
     only_mtp = missing and all(is_mtp_name(name, cfg) for name in missing) and len(said) == 1
     hint = "; they are MTP's: mtp=False loads without" if only_mtp else "; config.json and weights are not of one model"
     raise CheckpointError(f"{tensors.folder}: tensors {'; '.join(said)}{hint}")
-
-
-def _is_quantised_bias(tensors: TensorFolder, name: str) -> bool:
-    return name.endswith(GATE_BIAS) and tensors.stored_dtype(name) == "F8_E4M3"
