@@ -49,9 +49,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a domain was read: documents of it are in `tokens` tokens, and `epoch` times it was gone through.
+    """How far a domain was read: how many tokens it gave, and how many times (2.5: two and a half) it was gone through.
 
-    The epoch is 0 for domains that are generated: no two of their documents repeat.
+    The epoch stays 0 for generated domains, which have no end; for a streamed one it is a whole number.
     """
 
     tokens: int
@@ -179,17 +179,24 @@ class TokenStream:
             raise DataError(
                 f"stream state: format {state.get('format')!r} is not {STATE_FORMAT}: it is not of this version"
             )
+        try:
+            settings, number, row = dict(state["settings"]), int(state["block"]), int(state["row"])
+            start = {
+                name: Position(state["domains"][name]["cursor"], int(state["domains"][name]["tokens"]))
+                for name in self.mixture
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"stream state is damaged ({error!r}): go back to an earlier checkpoint") from None
         now = self._settings()
-        for name, then in state["settings"].items():
+        for name, then in settings.items():
             if then != now.get(name):
                 raise DataError(
                     f"stream state: {name} was {then!r} and is {now.get(name)!r} now: go on with what it began with"
                 )
-        start = {name: Position(value["cursor"], value["tokens"]) for name, value in state["domains"].items()}
-        block = self._worker.submit(self._build, int(state["block"]), start)
-        if not 0 <= state["row"] < len(block.result().rows):
-            raise DataError(f"stream state: row {state['row']} is not in its block of {len(block.result().rows)} rows")
-        self._block, self._next, self._row = block, None, int(state["row"])
+        block = self._worker.submit(self._build, number, start)
+        if not 0 <= row < len(block.result().rows):
+            raise DataError(f"stream state: row {row} is not in its block of {len(block.result().rows)} rows")
+        self._block, self._next, self._row = block, None, row
 
     def follow(self, other: TokenStream) -> None:
         """Begin after the block that `other` hands out, with settings of our own: no document of it is read again.

@@ -249,7 +249,7 @@ def test_wrong_settings_are_named(options, message):
     [
         (dict(seed=1), "seed was 0 and is 1 now"),
         (dict(seq_len=700), "seq_len was 600 and is 700 now"),
-        (dict(mixture={"stories": 1.0}), "mixture was"),
+        (dict(mixture={"stories": 0.5, "sums": 0.5}), "mixture was"),
         (dict(fim_rate=0.2), "fim_rate was 0.1 and is 0.2 now"),
     ],
 )
@@ -272,5 +272,14 @@ def test_a_state_of_other_documents_or_out_of_range_is_refused(corpus):
         stream.load_state_dict({**state, "row": 9999})
     with pytest.raises(DataError, match="format None is not 1"):
         stream.load_state_dict({})
+    for damage in (
+        {"settings": 3},
+        {"row": "x"},
+        {"domains": {}},
+        {"domains": {corpus: {"cursor": 0}}},
+        {"block": None},
+    ):
+        with pytest.raises(DataError, match="stream state is damaged"):
+            stream.load_state_dict({**state, **damage})
     with pytest.raises(DataError, match="batch_size = 0 must be at least 1"):
         stream.next_batch(0)
