@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of `ids`."""
-        ids = [int(id_) for id_ in ids]
+        ids = [operator.index(id_) for id_ in ids]
         try:
             return self.encoding.decode_bytes(ids)
         except (KeyError, OverflowError):
@@ -166,7 +167,7 @@ class Tokenizer:
     @cached_property
     def ranks(self) -> list[bytes]:
         """The byte-pair tokens, oldest first, without the special tokens."""
-        return [self.token_bytes(id_) for id_ in range(self.n_vocab) if not self.encoding.is_special_token(id_)]
+        return sorted(self.encoding.token_byte_values(), key=self.encoding.encode_single_token)
 
     def special(self, name: str) -> int:
         """The id of a special token, by its full name `<|fim_hole|>` or the short one, `fim_hole`."""
@@ -225,11 +226,12 @@ class Tokenizer:
     def joined(self) -> dict[int, list[int]]:
         """Every token that joins punctuation and line breaks, with the ids of its two parts: `.` and the break."""
         parts = {}
-        for id_ in range(self.n_vocab):
-            token = b"" if self.encoding.is_special_token(id_) else self.token_bytes(id_)
+        for token in self.ranks:
             match = regex.fullmatch(rb"([^\r\n]+)([\r\n]+)", token)
             if match and regex.search(r"[\p{P}\p{S}]", match[1].decode("utf-8", "ignore")):
-                parts[id_] = self.encode_bytes(match[1]) + self.encode_bytes(match[2])
+                parts[self.encoding.encode_single_token(token)] = self.encode_bytes(match[1]) + self.encode_bytes(
+                    match[2]
+                )
         return parts
 
     def split_joined(self, ids: Iterable[int], rate: float, rng: UniformSource) -> list[int]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, pre_tokenizers, trainers
 
 from dsv3_mini.data.deepseek_tokenizer import byte_alphabet, load_deepseek_tokenizer, read_tokenizer_json
+from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
 
 # The three regexes of the released DeepSeek-V3 tokenizer: numbers, Chinese and Japanese runs, everything else.
@@ -260,6 +261,17 @@ def test_as_a_tokenizer(path: Path) -> None:
         tokenizer.chat([{"role": "user", "content": "DeepSeek's chat format is not ours"}])
     with pytest.raises(DataError, match="cannot be saved as a rank file"):
         tokenizer.save(path.parent / "ranks.tiktoken")
+
+
+def test_ids_may_leave_a_gap() -> None:
+    """The released vocabulary is padded, and an added token may stand anywhere behind it."""
+    spec = copy.deepcopy(SPEC)
+    spec["added_tokens"].append({**spec["added_tokens"][-1], "content": "<far>", "id": 5000})
+    tokenizer = Tokenizer(read_tokenizer_json_from(spec))
+    assert tokenizer.n_vocab == 5001 and tokenizer.special("<far>") == 5000
+    assert tokenizer.encode_bytes(b".\n") == THEIRS.encode(".\n").ids and tokenizer.joined
+    with pytest.raises(DataError, match="token id 4999 is not in the vocabulary"):
+        tokenizer.decode([4999])
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------

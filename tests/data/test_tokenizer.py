@@ -104,6 +104,8 @@ def test_an_id_out_of_range_is_named_with_the_range(bad: int) -> None:
 def test_ids_may_come_from_numpy_and_torch() -> None:
     ids = TOKENIZER.encode("some text")
     assert TOKENIZER.decode(np.array(ids)) == TOKENIZER.decode(torch.tensor(ids)) == "some text"
+    with pytest.raises(TypeError):
+        TOKENIZER.decode([1.5])
 
 
 def test_part_of_a_character_decodes_to_the_replacement_character() -> None:
