@@ -116,7 +116,7 @@ def test_a_wrong_answer_or_step_is_told_apart() -> None:
     steps = "47 + 38 = ?\nones: 7 + 8 = 15, write 5, carry 1\ntens: 4 + 3 + 1 = 8, write 8\n"
     assert judge_sum(steps + "answer: 85").answer_right
     verdict = judge_sum(steps + "answer: 86")
-    assert verdict.well_formed and verdict.answer_right is False
+    assert verdict.well_formed and verdict.steps_right and verdict.answer_right is False
     verdict = judge_sum(steps.replace("7 + 8 = 15, write 5", "7 + 8 = 16, write 6") + "answer: 85")
     assert verdict.well_formed and verdict.steps_right is False and verdict.answer_right
     assert "wrong step: 'ones: 7 + 8 = 16" in str(verdict.problem)
