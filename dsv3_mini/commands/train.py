@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from dsv3_mini.train.display import Display
 from dsv3_mini.train.recipe import PRESETS as RECIPES
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.trainer import Trainer
+from dsv3_mini.viz.figures import training_figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole(0), help="of weights and data (default: the recipe's)")
     parser.add_argument("--threads", type=whole(1), help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--judge", type=whole(0), default=64, help="samples to judge at each evaluation (default: 64)")
+    parser.add_argument("--judge", type=whole(0), default=32, help="samples to judge at each evaluation (default: 32)")
     parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
 
 
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     validation = Validation(list(recipe.mixture), tokenizer, samples=args.judge, text_column=args.text_column)
     with stop_on_interrupt(args.minutes) as stopped, Display(trainer) as display:
         ended = trainer.run([display, validation], stopped)
+    draw_log(folder)
     if not ended:
         print(
             f"stopped after step {trainer.step} ({trainer.tokens:,} tokens), saved: the same command goes on from here"
@@ -85,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
     tokenizer.save(model_folder / TOKENIZER_FILE)
     print(f"trained: {model_folder}; try `dsv3 sample --model {folder}` and `dsv3 eval --model {folder}`")
     return 0
+
+
+def draw_log(folder: Path) -> None:
+    """RUN/training.png: the log as a picture."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    training_figure(lines).savefig(folder / "training.png")
 
 
 def read_recipe(args: argparse.Namespace) -> Recipe:

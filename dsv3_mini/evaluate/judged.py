@@ -1,11 +1,12 @@
 """Judged samples: text that the model writes, read by the grammar that it was taught.
 
-Four scores, all on what training never saw: free samples that are well-formed (and consistent) stories; answers to
-held-out story questions; held-out two-digit sums.
+Scores on what training never saw: free samples that are well-formed (and consistent) stories; answers to held-out story
+questions; held-out two-digit sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,9 +26,14 @@ SUM_TOKENS = 80
 
 @dataclass(frozen=True)
 class JudgedScores:
-    """Shares from 0 to 1 of `samples` free samples and `questions` held-out questions of each kind."""
+    """Shares from 0 to 1 of `samples` free samples and `questions` held-out questions of each kind.
+
+    problems: what was wrong with the first few samples that are not well-formed.
+    """
 
     samples: int
+    sentences_well_formed: float
+    a_sentence: str | None
     well_formed: float
     consistent: float
     own_answer_right: float
@@ -49,7 +55,9 @@ def judge_model(
     seed: int = 0,
 ) -> JudgedScores:
     """Sample stories at `temperature`, each from the first token of a held-out story, and answer questions greedily."""
-    verdicts = [judge_story(text) for text in sample_stories(model, tokenizer, samples, temperature, seed)]
+    texts = sample_stories(model, tokenizer, samples, temperature, seed)
+    verdicts = [judge_story(text) for text in texts]
+    sentences, a_sentence = well_formed_sentences(texts)
     held_out = [stories.generate_story(stories.HELD_OUT_SEED, i) for i in range(questions)]
     prompts = [[tokenizer.eos_id, *tokenizer.encode(stories.prompt_of(story))] for story in held_out]
     answers = complete(model, prompts, ANSWER_TOKENS, stop_id=tokenizer.eos_id)
@@ -62,6 +70,8 @@ def judge_model(
     summed = [sums.is_right(problem, tokenizer.decode(ids)) for problem, ids in zip(problems, worked, strict=True)]
     return JudgedScores(
         samples=samples,
+        sentences_well_formed=sentences,
+        a_sentence=a_sentence,
         well_formed=_share(v.well_formed for v in verdicts),
         consistent=_share(v.consistent for v in verdicts),
         own_answer_right=_share(bool(v.answer_right) for v in verdicts),
@@ -81,14 +91,19 @@ def sample_stories(model: DeepSeekV3, tokenizer: Tokenizer, count: int, temperat
     return [tokenizer.decode([first, *ids]) for first, ids in zip(firsts, new, strict=True)]
 
 
-def count_well_formed_sentences(text: str) -> tuple[int, int]:
-    """(well-formed, all) sentences of a text's plot: a first sign of life, long before whole stories come out right."""
-    plot = text.split("\n")[0]
-    sentences = [s.strip() + "." for s in plot.split(". ") if s.strip()]
-    sentences = [s[:-1] if s.endswith("..") else s for s in sentences]
-    return sum(well_formed_sentence(s) for s in sentences), len(sentences)
+def plot_sentences(text: str) -> list[str]:
+    """The sentences of a story's plot, the lines before its question."""
+    plot = text.split("\n")[0].strip()
+    return [part if part.endswith(".") else part + "." for part in plot.split(". ") if part]
 
 
-def _share(flags: Any) -> float:
+def well_formed_sentences(texts: Iterable[str]) -> tuple[float, str | None]:
+    """The share of well-formed sentences, and the first such one: a sign of life long before whole stories come out right."""
+    sentences = [sentence for text in texts for sentence in plot_sentences(text)]
+    good = [sentence for sentence in sentences if well_formed_sentence(sentence)]
+    return len(good) / max(len(sentences), 1), (good[0] if good else None)
+
+
+def _share(flags: Iterable[bool]) -> float:
     flags = list(flags)
     return sum(map(bool, flags)) / max(len(flags), 1)

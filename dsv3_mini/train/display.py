@@ -72,8 +72,9 @@ class Display(Observer):
         if "judged" in scores:
             judged = scores["judged"]
             self.console.print(
-                f"judged: {judged['well_formed']:.0%} of samples well-formed, {judged['story_answers']:.0%} of story "
-                f"questions and {judged['sum_answers']:.0%} of two-digit sums right; a sample:"
+                f"judged: {judged['sentences_well_formed']:.0%} of sentences and {judged['well_formed']:.0%} of stories "
+                f"well-formed, {judged['story_answers']:.0%} of story questions and {judged['sum_answers']:.0%} of "
+                "two-digit sums right; a sample:"
             )
             self.console.print(Text(scores["sample"], style="italic"))
 
