@@ -7,6 +7,7 @@ LAB_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 LESSONS := $(wildcard lessons/*.ipynb)
 SOLUTIONS := $(wildcard solutions/*.ipynb)
 
@@ -21,7 +22,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 lab: $(READY) ## open JupyterLab on the first lesson
-	cd lessons && ../$(PY) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS) 00_tour.ipynb
+	cd lessons && ../$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/00_tour.ipynb \
+	    $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: $(READY) ## check the style, run every test and every notebook
 	$(PY) -m ruff check .
@@ -60,4 +62,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "make: setting up $(VENV), once; torch and JupyterLab take some minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@mkdir -p $(LAB_SETTINGS) # no news dialog over the first lesson, and no network
+	@echo '{"@jupyterlab/apputils-extension:notification": {"checkForUpdates": false, "fetchNews": "false"}}' \
+	    > $(LAB_SETTINGS)/overrides.json
 	@echo '$(CURDIR)' > $@
