@@ -319,7 +319,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         vocab_size=4096,
         hidden_size=192,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         first_k_dense_replace=1,
         intermediate_size=512,
         moe_intermediate_size=64,

@@ -29,7 +29,7 @@ from dsv3_mini.data.packing import pack
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
 
-MIXTURE = {"stories": 0.5, "sums": 0.2, "code": 0.15, "prose": 0.15}  # shares of the tokens
+MIXTURE = {"stories": 0.6, "sums": 0.2, "code": 0.1, "prose": 0.1}  # shares of the tokens
 SPLIT_RATE = 0.1  # of the tokens that join punctuation and line breaks; the report does not say its share
 STATE_FORMAT = 1
 

@@ -126,21 +126,21 @@ def tiny() -> Recipe:
     """
     million = 1e6
     return Recipe(
-        total_tokens=8_000_000,
+        total_tokens=7_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.1 * million, 0.0, 2e-3),
-                Piece(4.0 * million, 2e-3, 2e-3),
-                Piece(7.5 * million, 2e-3, 2e-4, "cosine"),
-                Piece(7.8 * million, 2e-4, 2e-4),
-                Piece(8.0 * million, 7e-5, 7e-5),
+                Piece(3.6 * million, 2e-3, 2e-3),
+                Piece(6.6 * million, 2e-3, 2e-4, "cosine"),
+                Piece(6.8 * million, 2e-4, 2e-4),
+                Piece(7.0 * million, 7e-5, 7e-5),
             ),
         ),
-        batch_size=Schedule("batch_size", (Piece(3.0 * million, 4, 8),)),
-        context=constant("context", 256),
-        gamma=steps("gamma", 0.005, (4.0 * million, 0.002), (7.8 * million, 0.0)),
-        mtp_lambda=steps("mtp_lambda", 0.3, (5.4 * million, 0.1)),
+        batch_size=Schedule("batch_size", (Piece(3.0 * million, 6, 12),)),
+        context=constant("context", 160),
+        gamma=steps("gamma", 0.005, (3.6 * million, 0.002), (6.8 * million, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (4.8 * million, 0.1)),
         alpha=1e-3,
         log_every=20,
         evaluate_every=500_000,
