@@ -39,6 +39,7 @@ class Recipe:
     clip_norm: float = 1.0
     ema_decay: float = 0.99
     precision: str = "fp32"  # or "bf16": weights and activations; the optimizer keeps FP32 masters either way
+    head_from_embedding: bool = False  # start the head as a copy of the embedding; they part with the first step
     seed: int = 0
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
     log_every: int = 10  # steps
@@ -122,26 +123,29 @@ def deepseek_v3() -> Recipe:
 def tiny() -> Recipe:
     """A laptop, about an hour. The report's shape; a higher learning rate and small batches, as small models take them.
 
-    Gamma starts above the report's, since biases have some thousand steps to find their place and not a million.
+    Gamma starts above the report's, since biases have some thousand steps to find their place and not a million. The
+    head starts as a copy of the embedding: a name that is to be repeated is then found by *one* map from what was read
+    to what is written, shared by all names, where two independent tables would have to learn every name by itself.
     """
     million = 1e6
     return Recipe(
-        total_tokens=7_000_000,
+        total_tokens=6_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.1 * million, 0.0, 2e-3),
-                Piece(3.6 * million, 2e-3, 2e-3),
-                Piece(6.6 * million, 2e-3, 2e-4, "cosine"),
-                Piece(6.8 * million, 2e-4, 2e-4),
-                Piece(7.0 * million, 7e-5, 7e-5),
+                Piece(3.0 * million, 2e-3, 2e-3),
+                Piece(5.6 * million, 2e-3, 2e-4, "cosine"),
+                Piece(5.8 * million, 2e-4, 2e-4),
+                Piece(6.0 * million, 7e-5, 7e-5),
             ),
         ),
         batch_size=Schedule("batch_size", (Piece(3.0 * million, 6, 12),)),
         context=constant("context", 160),
-        gamma=steps("gamma", 0.005, (3.6 * million, 0.002), (6.8 * million, 0.0)),
-        mtp_lambda=steps("mtp_lambda", 0.3, (4.8 * million, 0.1)),
+        gamma=steps("gamma", 0.005, (3.0 * million, 0.002), (5.8 * million, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (4.0 * million, 0.1)),
         alpha=1e-3,
+        head_from_embedding=True,
         log_every=20,
         evaluate_every=500_000,
     )

@@ -80,7 +80,7 @@ class Trainer:
         device: where to train.
 
     Raises:
-        ConfigError: the tokenizer does not fit, or the folder holds another run. CheckpointError: a damaged checkpoint.
+        ConfigError: tokenizer or context do not fit the model, or the folder holds another run. CheckpointError: a damaged checkpoint.
     """
 
     def __init__(
@@ -94,12 +94,21 @@ class Trainer:
     ) -> None:
         if tokenizer.n_vocab > cfg.vocab_size:
             raise ConfigError(f"vocab_size = {cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens")
+        longest = round(max(value for piece in recipe.context.pieces for value in (piece.start, piece.end)))
+        if longest > cfg.max_position_embeddings:
+            raise ConfigError(
+                f"max_position_embeddings = {cfg.max_position_embeddings} is less than the recipe's context of {longest}: "
+                "choose another recipe, or a model that reads as far"
+            )
         self.folder, self.cfg, self.recipe, self.tokenizer, self.device = folder, cfg, recipe, tokenizer, device
         self._open_stream = open_stream or self._default_stream
         self._refuse_other_run()
         torch.manual_seed(recipe.seed)
         # Masters are taken from the FP32 initialisation, so that FP32 and BF16 runs start from the same weights.
         model = DeepSeekV3(cfg).to(device)
+        if recipe.head_from_embedding:
+            with torch.no_grad():
+                model.lm_head.weight.copy_(model.embed_tokens.weight)
         start = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.model = model.to(DTYPES[recipe.precision])
         self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start)
@@ -172,7 +181,10 @@ class Trainer:
     def _next_rows(self, batch_size: int) -> Int[Tensor, "b s1"]:
         context = round(self.recipe.context(self.tokens))
         if context != self.stream.seq_len:
-            self.stream = self._open_stream(context)
+            longer = self._open_stream(context)
+            longer.follow(self.stream)
+            self.stream.close()
+            self.stream = longer
         return self.stream.next_batch(batch_size)
 
     def _default_stream(self, context: int) -> TokenStream:
@@ -185,7 +197,7 @@ class Trainer:
         last = checkpoints(self.folder)
         good = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was written yet"
         raise Diverged(
-            f"step {self.step + 1}: {what} is {float(value)}, first seen in {culprit}: training stopped; {good}. "
+            f"step {self.step + 1}: {what} is {value.item()}, first seen in {culprit}: training stopped; {good}. "
             "Lower the learning rate, or look at the data of this step"
         )
 
@@ -217,6 +229,12 @@ class Trainer:
                 bias.copy_(checkpoint.tensor(f"gate_bias.{router.layer}", bias.shape))
         torch.set_rng_state(checkpoint.tensor("rng", torch.get_rng_state().shape))
         state = checkpoint.state
+        whole = all(type(state[name]) is int and state[name] >= 0 for name in ("step", "tokens", "context"))
+        if not (whole and isinstance(state["seconds"], (int, float)) and isinstance(state["stream"], dict)):
+            raise CheckpointError(
+                f"{folder / 'state.json'}: step, tokens, seconds and context must be numbers, stream an object: "
+                f"remove {folder.name} to resume from the one before"
+            )
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if state["context"] != self.stream.seq_len:
             self.stream = self._open_stream(state["context"])
@@ -290,7 +308,7 @@ class RunLog:
     def __init__(self, file: Path, step: int) -> None:
         self.file = file
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
             temporary = file.with_suffix(".partial")
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
