@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,9 +108,11 @@ class _Runner:
         self.side = side
         order = json.dumps({"make": side.make, "arguments": dict(side.arguments), "threads": threads})
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        # A file takes any amount, where a full pipe would block the side.
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dsv3_mini.bench.worker", order],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env=environment,
         )  # fmt: skip
         self.before = self._reply()["before"]
 
@@ -135,10 +138,13 @@ class _Runner:
     def stop(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.complaints.close()
 
     def _reply(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if line:
             return json.loads(line)
-        said = self.process.communicate()[1].strip().splitlines() or ["it said nothing"]
+        self.process.communicate()
+        self.complaints.seek(0)
+        said = self.complaints.read().strip().splitlines() or ["it said nothing"]
         raise BenchError(f"{self.side.name} stopped with code {self.process.returncode}: {said[-1]}")

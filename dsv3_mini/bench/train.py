@@ -2,8 +2,8 @@
 
 One model, one machine, one run, in turns, FP32. Each side does a whole optimizer step, as its users run it:
 
-    ours           training_losses (cross-entropy, and the balance loss with its alpha), backward, clip at 1.0, fused
-                   AdamW, moving average of the weights, gate biases: all that `Trainer.train_step` does, one micro-batch
+    ours           Trainer.train_step, one micro-batch: cross-entropy and balance loss, backward, clip at 1.0, fused
+                   AdamW, the moving average of the weights, the gate biases, the report of the step
     transformers   DeepseekV3ForCausalLM from the same folder: model(input_ids, labels=...), loss.backward(), clip at 1.0,
                    torch.optim.AdamW(model.parameters()), zero_grad; no balance loss, no moving average, no biases
 
@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
 
 from dsv3_mini.bench.machine import describe, gemm_limit
 from dsv3_mini.bench.race import BenchError, Lap, Side, Step, cpu_ratio, race, speed_ratio
@@ -163,28 +166,25 @@ def _verdict(met: bool) -> str:
 
 
 def our_step(folder: str, batch: int, context: int) -> Step:
-    """The body of `Trainer.train_step`, on rows that are here already."""
-    from dsv3_mini.train.balance import LoadCounter, update_biases
-    from dsv3_mini.train.losses import training_losses
-    from dsv3_mini.train.optimizer import MasterAdamW
+    """`Trainer.train_step` itself, on rows that are here already."""
+    from dsv3_mini.hub.names import released_tensors
+    from dsv3_mini.train.recipe import Recipe
+    from dsv3_mini.train.schedules import constant
+    from dsv3_mini.train.trainer import Trainer
 
-    model = from_pretrained(folder).train()
-    optimizer = MasterAdamW(model, betas=(0.9, 0.95), weight_decay=0.1, ema_decay=0.99)
-    rows = _Rows(model.cfg.vocab_size, batch, context)
-
-    def step() -> float:
-        tokens = rows.next()
-        # The last token of a row has no successor here: transformers shifts its labels within the row too.
-        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
-        losses = training_losses(model, tokens, targets, mtp_weight=0.0, balance_weight=1e-4)
-        losses.total.backward()
-        counter = LoadCounter()
-        counter.add(losses.routing)
-        optimizer.step(learning_rate=1e-3, clip_norm=1.0)
-        update_biases(model, counter.load, gamma=0.001)
-        return float(losses.main)
-
-    return step
+    weights = from_pretrained(folder)
+    cfg = weights.cfg
+    rows = _Rows(cfg.vocab_size, batch, context)
+    recipe = Recipe.preset(
+        "tiny", total_tokens=10**9, batch_size=constant("batch_size", batch), context=constant("context", context),
+        learning_rate=constant("learning_rate", 1e-3), gamma=constant("gamma", 1e-3), micro_batch=batch,
+    )  # fmt: skip
+    trainer = Trainer(Path(folder).parent / "run", cfg, recipe, tokenizer=rows, open_stream=lambda _: rows)
+    with torch.no_grad():
+        views = released_tensors(weights)
+        for name, parameter in released_tensors(trainer.model).items():
+            parameter.copy_(views[name])
+    return lambda: trainer.train_step().loss
 
 
 def their_step(folder: str, batch: int, context: int, fused: bool | None = None, **options: str) -> Step:
@@ -208,11 +208,17 @@ def their_step(folder: str, batch: int, context: int, fused: bool | None = None,
 
 
 class _Rows:
-    """The same batches of random tokens for every side."""
+    """The same batches of random tokens for every side; for the trainer it is stream and tokenizer in one."""
 
     def __init__(self, vocab_size: int, batch: int, context: int) -> None:
         self.random = torch.Generator().manual_seed(0)
-        self.vocab_size, self.shape = vocab_size, (batch, context)
+        self.n_vocab, self.pad_id = vocab_size, vocab_size - 1
+        self.batch, self.seq_len = batch, context
 
-    def next(self) -> torch.Tensor:
-        return torch.randint(0, self.vocab_size, self.shape, generator=self.random)
+    def next(self) -> Int[Tensor, "b s"]:
+        return torch.randint(0, self.pad_id, (self.batch, self.seq_len), generator=self.random)
+
+    def next_batch(self, batch_size: int) -> Int[Tensor, "b s1"]:
+        """Padding follows each row: its last token has no target, as where transformers shifts labels within the row."""
+        assert batch_size == self.batch
+        return F.pad(self.next(), (0, 1), value=self.pad_id)
