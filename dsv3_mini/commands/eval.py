@@ -9,7 +9,7 @@ from dsv3_mini.commands.flags import add_model, number, read_model, whole
 from dsv3_mini.data.stream import MIXTURE, held_out_rows
 from dsv3_mini.errors import DataError
 from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
-from dsv3_mini.evaluate.judged import judge_model
+from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +31,16 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f"--context {args.context} is more than max_position_embeddings = {model.cfg.max_position_embeddings}"
         )
+    if args.samples and model.cfg.max_position_embeddings < JUDGED_CONTEXT:
+        raise DataError(
+            f"--samples {args.samples} needs a context of {JUDGED_CONTEXT} and max_position_embeddings = "
+            f"{model.cfg.max_position_embeddings}: --samples 0 judges none"
+        )
+    # All are read before the first is measured: a name that is wrong should not cost minutes.
+    held_out = {domain: held_out_rows(domain, tokenizer, args.context, args.rows) for domain in args.domains}
     scores: dict[str, object] = {"bits_per_byte": {}}
-    for domain in args.domains:
-        held_out = held_out_rows(domain, tokenizer, args.context, args.rows)
-        value = bits_per_byte(model, held_out.tokens, held_out.n_bytes, tokenizer.pad_id)
+    for domain, rows in held_out.items():
+        value = bits_per_byte(model, rows.tokens, rows.n_bytes, tokenizer.pad_id)
         scores["bits_per_byte"][domain] = round(value, 4)
     if args.samples:
         judged = judge_model(model, tokenizer, args.samples, args.samples, args.temperature, args.seed)

@@ -39,15 +39,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def read_model(args: argparse.Namespace) -> tuple[DeepSeekV3, Tokenizer]:
-    """The model and the tokenizer beside it (the shipped tokenizer where there is none)."""
-    folder = Path(args.model) if args.model else shipped("tiny")
+    """The model, without MTP, and the tokenizer beside it (the shipped tokenizer where there is none)."""
+    folder = shipped("tiny") if args.model is None else Path(args.model)
     if (folder / "recipe.json").exists():
         if not (folder / "model").is_dir():
             raise CheckpointError(f"{folder} is a run that has not ended: finish it with `dsv3 train --out {folder}`")
         folder = folder / "model"
     own = folder / TOKENIZER_FILE
     tokenizer = Tokenizer.load(own) if own.exists() else Tokenizer.shipped()
-    model = from_pretrained(folder).eval()
+    model = from_pretrained(
+        folder, mtp=False
+    ).eval()  # no command speculates; transformers' folders have no MTP weights
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise ConfigError(
             f"{folder}: vocab_size = {model.cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens: "
@@ -56,8 +58,8 @@ def read_model(args: argparse.Namespace) -> tuple[DeepSeekV3, Tokenizer]:
     return model, tokenizer
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `least`."""
+def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`, by default the greatest that torch takes."""
 
     def parse(text: str) -> int:
         try:
@@ -66,6 +68,8 @@ def whole(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} must be at most {most}")
         return value
 
     return parse
@@ -88,7 +92,7 @@ def number(least: float) -> Callable[[str], float]:
 
 def _assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not name:
         raise ConfigError(f"--set {text!r} must be FIELD=VALUE, as in --set n_routed_experts=32")
     words = {"true": True, "false": False, "none": None, "null": None}
     if value.lower() in words:

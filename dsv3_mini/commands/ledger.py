@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     cfg = read_config(args)
     if args.json:
-        print(json.dumps(to_dict(ledger(cfg, args.context, args.dollars_per_hour)), indent=2))
+        print(json.dumps(to_dict(ledger(cfg, args.context, dollars_per_hour=args.dollars_per_hour)), indent=2))
     else:
         print(ledger_text(cfg, args.context, args.dollars_per_hour))
     return 0

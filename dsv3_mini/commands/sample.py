@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from dsv3_mini.commands.flags import add_model, number, read_model, whole
+from dsv3_mini.errors import DataError
 from dsv3_mini.inference.generate import stream
 
 
@@ -21,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # a terminal hands on bytes that are no UTF-8 as lone surrogates
+        raise DataError(f"the prompt is not UTF-8: {error.object[error.start]!r} at character {error.start}") from None
     model, tokenizer = read_model(args)
     generator = torch.Generator()
     if args.seed is None:
@@ -29,12 +34,15 @@ def run(args: argparse.Namespace) -> int:
         generator.manual_seed(args.seed)
     ids = [tokenizer.eos_id, *tokenizer.encode(args.prompt)]
     room = model.cfg.max_position_embeddings - len(ids)
+    if room < 1:
+        raise DataError(
+            f"the prompt has {len(ids)} tokens and leaves no room: it must be shorter than max_position_embeddings = "
+            f"{model.cfg.max_position_embeddings}"
+        )
     print(args.prompt, end="", flush=True)
     written, shown = [], ""
     prompt = torch.tensor([ids])
-    for token in stream(
-        model, prompt, max(min(args.max_new_tokens, room), 1), args.temperature, tokenizer.eos_id, generator
-    ):
+    for token in stream(model, prompt, min(args.max_new_tokens, room), args.temperature, tokenizer.eos_id, generator):
         if token.item() == tokenizer.eos_id:
             break
         written.append(token.item())
@@ -42,5 +50,5 @@ def run(args: argparse.Namespace) -> int:
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter of several tokens is shown when it is whole
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(tokenizer.decode(written)[len(shown) :])  # what was cut off within a letter
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,16 +14,21 @@ from pathlib import Path
 import torch
 
 from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, number, read_config, whole
+from dsv3_mini.config import ModelConfig
 from dsv3_mini.data.stream import TokenStream
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.evaluate.observer import Validation
 from dsv3_mini.hub import save_pretrained
+from dsv3_mini.ledger import count_parameters
+from dsv3_mini.machine import memory
 from dsv3_mini.train.display import Display
 from dsv3_mini.train.recipe import PRESETS as RECIPES
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.trainer import Trainer
 from dsv3_mini.viz.figures import training_figure
+
+STATE_BYTES = 20  # of each parameter, in FP32: weight, gradient, two moments, moving average
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,20 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of weights and activations; masters stay FP32")
     parser.add_argument("--micro-batch", type=whole(1), help="sequences at a time: lower it where memory is short")
     parser.add_argument("--seed", type=whole(0), help="of weights and data (default: the recipe's)")
-    parser.add_argument("--threads", type=whole(1), help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=whole(1, most=1024), help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--judge", type=whole(0), default=32, help="samples to judge at each evaluation (default: 32)")
     parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    with cpu_threads(args.threads):
+        return train(args)
+
+
+def train(args: argparse.Namespace) -> int:
     cfg, recipe = read_config(args), read_recipe(args)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device} is not here: this machine has no CUDA GPU, leave --device out")
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.shipped()
-    folder = Path(args.out or f"runs/{args.preset}")
+    require_device(args.device)
+    require_memory(cfg, args.device)
+    tokenizer = Tokenizer.shipped() if args.tokenizer is None else Tokenizer.load(args.tokenizer)
+    if args.config and args.out is None:
+        raise ConfigError("--out is missing: a run of --config has no name of its own, give its folder")
+    folder = Path(f"runs/{args.preset}" if args.out is None else args.out)
 
     def open_stream(context: int) -> TokenStream:
         return TokenStream(
@@ -72,12 +83,16 @@ def run(args: argparse.Namespace) -> int:
 
     trainer = Trainer(folder, cfg, recipe, tokenizer, open_stream, args.device)
     model_folder = folder / "model"
-    if trainer.tokens >= recipe.total_tokens and model_folder.exists():
+    # The tokenizer is written last: with it the model is whole.
+    if trainer.tokens >= recipe.total_tokens and (model_folder / TOKENIZER_FILE).exists():
         print(f"{folder} has ended ({trainer.tokens:,} tokens): its model is {model_folder}; another --out starts anew")
         return 0
     validation = Validation(list(recipe.mixture), tokenizer, samples=args.judge, text_column=args.text_column)
-    with stop_on_interrupt(args.minutes) as stopped, Display(trainer) as display:
-        ended = trainer.run([display, validation], stopped)
+    try:
+        with stop_on_interrupt(args.minutes) as stopped, Display(trainer) as display:
+            ended = trainer.run([display, validation], stopped)
+    finally:
+        trainer.stream.close()
     draw_log(folder)
     if not ended:
         print(
@@ -119,10 +134,47 @@ def parse_mixture(text: str) -> dict[str, float]:
             raise ConfigError(
                 f"--mixture: the share of {name!r} is {share!r}: give a number, as in stories=0.6,code=0.4"
             ) from None
+        if not 0 < value < float("inf"):
+            raise ConfigError(
+                f"--mixture: the share of {name!r} is {share}: it must be above 0, or leave the corpus out"
+            )
         if not name or name in mixture:
             raise ConfigError(f"--mixture {text!r}: {'a corpus has no name' if not name else name + ' stands twice'}")
         mixture[name] = value
     return mixture
+
+
+def require_device(device: str) -> None:
+    """Raises ConfigError unless torch can train there."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"--device {device} is not known: give cpu, cuda, or cuda:N for GPU number N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device} is not here: this machine has no CUDA GPU, leave --device out")
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device} is not here: CUDA GPUs are numbered 0 to {torch.cuda.device_count() - 1}")
+
+
+def require_memory(cfg: ModelConfig, device: str) -> None:
+    """Raises ConfigError where not even the training state fits: a machine that runs out may end other programs, too."""
+    needed = STATE_BYTES * count_parameters(cfg).live
+    there = memory()[0] if device == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"training this model takes {needed / 1e9:,.0f} GB and {device} has {there / 1e9:,.0f} GB: choose a smaller "
+            "--preset, or make it smaller with --set"
+        )
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """torch's threads for a while; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
