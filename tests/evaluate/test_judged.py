@@ -117,9 +117,7 @@ def test_wrong_answers_are_counted_one_by_one(monkeypatch: pytest.MonkeyPatch) -
 
     scores = scores_of(Writer(change), monkeypatch)
     assert scores.story_answers == 0.75
-    by_judge = [sums.is_right(sums.held_out_sum(n * sums.held_out_count() // COUNT), "answer: 7") for n in range(COUNT)]
-    assert not any(by_judge)
-    assert scores.sum_answers in (1 - 5 / COUNT, 1 - 8 / COUNT)
+    assert scores.sum_answers == 1 - 5 / COUNT, "the answer counts, the steps on the way do not"
     assert (scores.well_formed, scores.consistent, scores.own_answer_right) == (1.0, 1.0, 1.0)
 
 
