@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -26,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "playwright-python": "playwright"}
 # What torch needs for a GPU: it names the exact versions itself, and a CPU build has none of them.
 GPU_PARTS = ("nvidia-", "cuda-", "triton")
+DISTRIBUTIONS = importlib.metadata.packages_distributions()
+# Allowed to be absent: the opponent of `dsv3 bench`, and the Jupyter that `dsv3 doctor` looks for.
+OPTIONAL = {"bench": {"transformers"}, "machine.py": {"jupyter-client", "jupyter-core"}}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,19 @@ def test_conda_environment_is_the_same_set(direct: dict[str, Requirement], pins:
     assert {CONDA_NAMES.get(name, name): version for name, version in versions.items()} == {n: pins[n] for n in direct}
     assert python in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert [line for line in environment["dependencies"] if isinstance(line, dict)] == [{"pip": ["-e ."]}]
+
+
+def test_every_package_that_the_code_imports_is_asked_for(project: dict) -> None:
+    """Without this an import may stand on what another package happens to bring."""
+    core = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    for path in (ROOT / "dsv3_mini").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
+        roots = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"dsv3_mini"}
+        brought_by = {root: {canonicalize_name(name) for name in DISTRIBUTIONS.get(root, [root])} for root in roots}
+        allowed = core | OPTIONAL.get(path.relative_to(ROOT / "dsv3_mini").parts[0], set())
+        assert {root: names for root, names in brought_by.items() if not names & allowed} == {}, path
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"])
