@@ -15,6 +15,7 @@
 # Nothing here needs to be understood yet. Every line you see is built, by you, in a later lesson.
 
 # %%
+# %matplotlib inline
 import torch
 
 import dsv3_mini as dsv3

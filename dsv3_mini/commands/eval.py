@@ -1,4 +1,4 @@
-"""dsv3 eval: bits per byte by domain, and samples judged by the grammar."""
+"""dsv3 eval: loss and bits per byte by domain, and samples judged by the grammar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from dsv3_mini.commands.flags import add_model, number, read_model, whole
 from dsv3_mini.data.stream import MIXTURE, held_out_rows
 from dsv3_mini.errors import DataError
-from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
+from dsv3_mini.evaluate.bits_per_byte import held_out_loss
 from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model
 
 
@@ -38,19 +38,20 @@ def run(args: argparse.Namespace) -> int:
         )
     # All are read before the first is measured: a name that is wrong should not cost minutes.
     held_out = {domain: held_out_rows(domain, tokenizer, args.context, args.rows) for domain in args.domains}
-    scores: dict[str, object] = {"bits_per_byte": {}}
+    scores: dict[str, object] = {"validation_loss": {}, "bits_per_byte": {}}
     for domain, rows in held_out.items():
-        value = bits_per_byte(model, rows.tokens, rows.n_bytes, tokenizer.pad_id)
-        scores["bits_per_byte"][domain] = round(value, 4)
+        loss = held_out_loss(model, rows.tokens, tokenizer.pad_id)
+        scores["validation_loss"][domain] = round(loss.per_token, 4)
+        scores["bits_per_byte"][domain] = round(loss.bits_per_byte(rows.n_bytes), 4)
     if args.samples:
         judged = judge_model(model, tokenizer, args.samples, args.samples, args.temperature, args.seed)
         scores["judged"] = judged.to_log()
     if args.json:
         print(json.dumps(scores, indent=2))
         return 0
-    print("bits per byte, held out")
+    print("held out    bits per byte   nats per token")
     for domain, value in scores["bits_per_byte"].items():
-        print(f"  {domain:10} {value:.3f}")
+        print(f"  {domain:10} {value:12.3f} {scores['validation_loss'][domain]:16.3f}")
     if args.samples:
         print(
             f"judged, held out ({judged.samples} samples at temperature {args.temperature:g}, {judged.questions} questions of a kind)"

@@ -10,7 +10,7 @@ fits into a row is never torn apart, so that no beginning is missing when its en
 is filled with padding, whose targets are -100 and cost nothing.
 
 Pre-training lets attention cross from one document of a row into the next, as the report does; supervised fine-tuning
-does not, and takes the mask from `document_mask`.
+does not: it hands `document_ids` to the model, which masks by them (`model.transformer.same_document`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dsv3_mini.errors import DataError
@@ -87,19 +87,6 @@ def inputs_and_targets(rows: Int[Tensor, "b s1"], pad_id: int) -> tuple[Int[Tens
     """
     targets = rows[:, 1:]
     return rows[:, :-1].contiguous(), targets.masked_fill(targets == pad_id, IGNORED)
-
-
-def document_mask(document_ids: Int[Tensor, "b s"]) -> Bool[Tensor, "b s s"]:
-    """Which query (first s) may see which key (second s): the same document, and not later. True means it may.
-
-    A padding place sees itself alone, so that no row of the mask is empty and softmax stays a number.
-    """
-    s = document_ids.shape[1]
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    is_text = (document_ids != NO_DOCUMENT)[:, :, None]
-    causal = torch.ones(s, s, dtype=torch.bool, device=document_ids.device).tril()
-    itself = torch.eye(s, dtype=torch.bool, device=document_ids.device)
-    return (same & is_text & causal) | itself
 
 
 def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

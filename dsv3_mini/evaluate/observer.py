@@ -1,4 +1,4 @@
-"""Validation during a run: bits per byte of each domain, and judged samples where the run learns the grammar."""
+"""Validation during a run: loss and bits per byte of each domain, and judged samples where the run learns the grammar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
-from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
+from dsv3_mini.evaluate.bits_per_byte import held_out_loss
 from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model, sample_stories
 from dsv3_mini.train.trainer import Observer, Trainer
 
@@ -22,15 +22,14 @@ class Validation(Observer):
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         model, context = trainer.averaged_model(), trainer.stream.seq_len
-        scores: dict[str, Any] = {"bits_per_byte": {}}
+        scores: dict[str, Any] = {"validation_loss": {}, "bits_per_byte": {}}
         for domain in self.domains:
             if domain.startswith("hub:"):
                 continue  # a streamed corpus would be read from its beginning each time
             held_out = held_out_rows(domain, self.tokenizer, context, ROWS, text_column=self.text_column)
-            rows = held_out.tokens.to(trainer.device)
-            scores["bits_per_byte"][domain] = round(
-                bits_per_byte(model, rows, held_out.n_bytes, self.tokenizer.pad_id), 4
-            )
+            loss = held_out_loss(model, held_out.tokens.to(trainer.device), self.tokenizer.pad_id)
+            scores["validation_loss"][domain] = round(loss.per_token, 4)
+            scores["bits_per_byte"][domain] = round(loss.bits_per_byte(held_out.n_bytes), 4)
         learns_grammar = {"stories", "sums"} <= set(self.domains)
         if self.samples and learns_grammar and trainer.cfg.max_position_embeddings >= JUDGED_CONTEXT:
             scores["judged"] = judge_model(model, self.tokenizer, self.samples, self.samples).to_log()

@@ -129,21 +129,21 @@ def tiny() -> Recipe:
     """
     million = 1e6
     return Recipe(
-        total_tokens=6_000_000,
+        total_tokens=4_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.1 * million, 0.0, 2e-3),
-                Piece(3.0 * million, 2e-3, 2e-3),
-                Piece(5.6 * million, 2e-3, 2e-4, "cosine"),
-                Piece(5.8 * million, 2e-4, 2e-4),
-                Piece(6.0 * million, 7e-5, 7e-5),
+                Piece(2.4 * million, 2e-3, 2e-3),
+                Piece(3.7 * million, 2e-3, 2e-4, "cosine"),
+                Piece(3.85 * million, 2e-4, 2e-4),
+                Piece(4.0 * million, 7e-5, 7e-5),
             ),
         ),
         batch_size=Schedule("batch_size", (Piece(3.0 * million, 6, 12),)),
         context=constant("context", 160),
-        gamma=steps("gamma", 0.005, (3.0 * million, 0.002), (5.8 * million, 0.0)),
-        mtp_lambda=steps("mtp_lambda", 0.3, (4.0 * million, 0.1)),
+        gamma=steps("gamma", 0.005, (2.4 * million, 0.002), (3.85 * million, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (2.7 * million, 0.1)),
         alpha=1e-3,
         head_from_embedding=True,
         log_every=20,

@@ -8,8 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsv3_mini.data.packing import document_mask, inputs_and_targets, pack
+from dsv3_mini.data.packing import inputs_and_targets, pack
 from dsv3_mini.errors import DataError
+from dsv3_mini.model.transformer import same_document
 
 EOS, PAD = 0, 1
 lengths = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any)
@@ -106,14 +107,14 @@ def test_masked_attention_is_attention_over_each_document_alone():
     b, s = block.tokens.shape
     q, k, v = torch.randn(3, b, 1, s, 8, dtype=torch.float64)
     attend = torch.nn.functional.scaled_dot_product_attention
-    packed = attend(q, k, v, attn_mask=document_mask(block.document_ids)[:, None])
+    packed = attend(q, k, v, attn_mask=same_document(block.document_ids)[:, None])
     for r in range(b):
         for document in block.document_ids[r].unique().tolist():
             if document >= 0:
                 at = (block.document_ids[r] == document).nonzero().flatten()
                 alone = attend(q[r, :, at], k[r, :, at], v[r, :, at], is_causal=True)
                 torch.testing.assert_close(packed[r, :, at], alone)
-    scores = torch.zeros(b, s, s).masked_fill(~document_mask(block.document_ids), -torch.inf)
+    scores = torch.zeros(b, s, s).masked_fill(~same_document(block.document_ids), -torch.inf)
     assert scores.softmax(-1).isfinite().all()  # padding too
 
 
