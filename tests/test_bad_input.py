@@ -282,9 +282,9 @@ case("a run of a config without a name", ["train", "--config", "config.json"], "
 
 # corpora
 case("share in words", [*FRESH, "--mixture", "stories=much"], "--mixture", "'stories' is 'much'")
-case("share of no number", [*FRESH, "--mixture", "stories=nan"], "'stories' is nan", "above 0")
-case("negative share", [*FRESH, "--mixture", "stories=-1,sums=2"], "'stories' is -1", "above 0")
-case("no share at all", [*FRESH, "--mixture", "stories=0"], "'stories' is 0", "above 0")
+case("share of no number", [*FRESH, "--mixture", "stories=nan"], "--mixture: the share of 'stories' is nan", "above 0")
+case("negative share", [*FRESH, "--mixture", "stories=-1,sums=2"], "--mixture: the share of 'stories' is -1", "above 0")
+case("no share at all", [*FRESH, "--mixture", "stories=0"], "--mixture: the share of 'stories' is 0", "above 0")
 case("corpus twice", [*FRESH, "--mixture", "stories=1,stories=2"], "--mixture", "stories stands twice")
 case("empty mixture", [*FRESH, "--mixture", ""], "--mixture ''", "a corpus has no name")
 case("unknown corpus", [*FRESH, "--mixture", "storis=1"], "'storis' does not exist", "did you mean stories?")

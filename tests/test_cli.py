@@ -91,8 +91,8 @@ def test_help_lists_every_command_and_does_not_wait_for_torch() -> None:
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     read, write = os.pipe()
-    os.close(read)  # `dsv3 ledger | true`
-    ledger = [sys.executable, "-m", "dsv3_mini.cli", "ledger"]
+    os.close(read)  # as in `dsv3 ledger | true`
+    ledger = [sys.executable, "-m", "dsv3_mini.cli", "ledger", "--preset", "nano", "--json"]  # less than a buffer
     left = subprocess.run(ledger, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (left.returncode, left.stderr) == (0, "")
