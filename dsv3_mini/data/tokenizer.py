@@ -229,9 +229,8 @@ class Tokenizer:
         for token in self.ranks:
             match = regex.fullmatch(rb"([^\r\n]+)([\r\n]+)", token)
             if match and regex.search(r"[\p{P}\p{S}]", match[1].decode("utf-8", "ignore")):
-                parts[self.encoding.encode_single_token(token)] = self.encode_bytes(match[1]) + self.encode_bytes(
-                    match[2]
-                )
+                signs, breaks = match.groups()
+                parts[self.encoding.encode_single_token(token)] = self.encode_bytes(signs) + self.encode_bytes(breaks)
         return parts
 
     def split_joined(self, ids: Iterable[int], rate: float, rng: UniformSource) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pydoc_data.topics
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers, trainers
 from dsv3_mini.data.deepseek_tokenizer import byte_alphabet, load_deepseek_tokenizer, read_tokenizer_json
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads wait for one another, and the texts are small
 
 # The three regexes of the released DeepSeek-V3 tokenizer: numbers, Chinese and Japanese runs, everything else.
 DEEPSEEK_SPLITS = [
@@ -91,7 +94,24 @@ def ours(path: Path) -> Any:
 
 # Code points that have a meaning in every Unicode version at hand.
 fragments = st.sampled_from(
-    [*SPECIAL, *ADDED, "<x", "<xy>", "y>", " the", "1234567", " 12", "½", "中文", "ア・イ", "ー", "が", "\u3099", ".\n"]
+    [
+        *SPECIAL,
+        *ADDED,
+        "<x",
+        "<xy",
+        "<xy>",
+        "y>",
+        " the",
+        "1234567",
+        " 12",
+        "½",
+        "中文",
+        "ア・イ",
+        "ー",
+        "が",
+        "\u3099",
+        ".\n",
+    ]
     + [
         "):\n\n",
         "  ",
@@ -116,7 +136,7 @@ texts = st.lists(fragments | st.text(st.characters(exclude_categories=("Cs", "Cn
 
 
 @given(texts)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_encodings_are_equal(ours: Any, text: str) -> None:
     expected = THEIRS.encode(text, add_special_tokens=False).ids
     assert ours.encode(text, allowed_special="all") == expected
@@ -124,7 +144,7 @@ def test_encodings_are_equal(ours: Any, text: str) -> None:
 
 
 @given(texts)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_cuts_are_equal_before_any_merging(ours: Any, text: str) -> None:
     split_only = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(p), "isolated") for p in DEEPSEEK_SPLITS])
     assert ours.cut(text) == [piece for piece, _ in split_only.pre_tokenize_str(text)]
@@ -142,7 +162,8 @@ def test_real_text_is_equal(ours: Any) -> None:
     assert ours.encode_ordinary(PROSE + ASIAN) == THEIRS.encode(PROSE + ASIAN).ids
     assert ours.encode_batch([PROSE, ASIAN]) == [THEIRS.encode(PROSE).ids, THEIRS.encode(ASIAN).ids]
     assert ours.encode_to_numpy(PROSE).tolist() == THEIRS.encode(PROSE).ids
-    assert copy.deepcopy(ours).encode(ASIAN) == THEIRS.encode(ASIAN).ids
+    again = copy.deepcopy(ours)
+    assert again.encode(ASIAN + "<xy>", allowed_special="all") == THEIRS.encode(ASIAN + "<xy>").ids
 
 
 @pytest.mark.parametrize(
@@ -162,10 +183,12 @@ def test_real_text_is_equal(ours: Any) -> None:
     ],
 )
 def test_other_pre_tokenizers(steps: list[pre_tokenizers.PreTokenizer]) -> None:
-    theirs = train([PROSE[:20_000]], 500, steps, [])
+    theirs = train([PROSE[:8_000]], 500, steps, [])
     ours = read_tokenizer_json_from(json.loads(theirs.to_str()))
-    for text in (PROSE[20_000:40_000], ASIAN[:200], "a.b 12½3\r\n\r\n it's we'll  \n\tx ", "", " "):
+    for text in (PROSE[20_000:20_300], ASIAN[:200], "a.b 12½3\r\n\r\n it's we'll  \n\tx ", "", " "):
         assert ours.encode_ordinary(text) == theirs.encode(text).ids
+        spelled = [piece for piece, _ in theirs.pre_tokenizer.pre_tokenize_str(text)]
+        assert [piece.encode() for piece in ours.cut(text)] == [bytes(byte_alphabet()[c] for c in p) for p in spelled]
 
 
 def test_a_file_with_string_merges_reads_the_same(ours: Any) -> None:
@@ -179,27 +202,28 @@ def test_a_file_with_string_merges_reads_the_same(ours: Any) -> None:
 
 
 @given(st.lists(st.text("ab ", max_size=30), max_size=4), st.text("ab ", max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_ranks_equal_merges_where_merges_crowd(corpus: list[str], text: str) -> None:
     """Two letters, long runs: every way in which merges can get into each other's way. What is read is equal."""
     theirs = train(corpus, 300, [byte_level()], [])
     assert read_tokenizer_json_from(json.loads(theirs.to_str())).encode(text) == theirs.encode(text).ids
 
 
-@given(
-    st.permutations(
-        [("a", "b"), ("b", "c"), ("c", "a"), ("ab", "c"), ("a", "bc"), ("bc", "a"), ("ca", "b"), ("abc", "a")]
-    ),
-    st.data(),
-)
-@settings(max_examples=200, deadline=None)
-def test_any_merge_list_is_read_right_or_refused(order: list[tuple[str, str]], data: st.DataObject) -> None:
-    """Merge lists that no training gave, some with two ways to the same token: never a wrong encoding."""
+PAIRS = ["a b", "b c", "c a", "ab c", "a bc", "bc a", "ca b", "abc a"]
+
+
+@given(st.permutations(PAIRS), st.booleans(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_merge_list_is_read_right_or_refused(order: list[str], shuffle: bool, data: st.DataObject) -> None:
+    """Merge lists that no training gave, some with two ways to a token or ids out of order: never a wrong encoding."""
     vocab, merges = {c: i for i, c in enumerate(sorted(byte_alphabet()))}, []
-    for left, right in order:
+    for left, right in map(str.split, order):
         if left in vocab and right in vocab:
             vocab.setdefault(left + right, len(vocab))
             merges.append([left, right])
+    if shuffle:
+        built = list(vocab)[256:]
+        vocab.update(zip(data.draw(st.permutations(built)), range(256, len(vocab)), strict=True))
     spec = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "pre_tokenizer": json.loads(BYTE_LEVEL)}
     try:
         ours = read_tokenizer_json_from(spec)
@@ -245,6 +269,13 @@ def test_special_tokens_only_where_allowed(ours: Any) -> None:
         ours.encode(text)
     with pytest.raises(DataError, match="text holds the special token '<｜User｜>'"):
         ours.encode(text, disallowed_special={"<｜User｜>"})
+
+
+def test_where_added_tokens_overlap(ours: Any) -> None:
+    """The longer one wins; but first of all those that are not "normalized", here `y>`."""
+    for text, names in [("<xy", ["<xy"]), ("<xz", ["<x", "z"]), ("<xy>", ["<x", "y>"])]:
+        ids = ours.encode(text, allowed_special="all")
+        assert ids == [THEIRS.token_to_id(name) for name in names] == THEIRS.encode(text).ids
 
 
 def test_as_a_tokenizer(path: Path) -> None:

@@ -21,7 +21,7 @@ from dsv3_mini.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from dsv3_mini.errors import DataError
 
 PROSE = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:150_000]
-VOCAB = train_bpe([PROSE, "“Was it you?”\n“No…”\n\n" * 200], 1200)
+VOCAB = train_bpe([PROSE, "“Was it you?”\n“No…”\n\n" * 200, "2 +\n2 |\n" * 200], 1200)
 TOKENIZER = Tokenizer.from_ranks(VOCAB)
 RANKS = {token: rank for rank, token in enumerate(VOCAB)}
 
@@ -63,8 +63,8 @@ def test_real_text_equals_the_slow_reference_and_shrinks() -> None:
 
 
 def test_endless_runs_do_not_overflow() -> None:
-    for run in (" ", "\u3000", "a", "\x00"):
-        text = run * 600_000 + "x"
+    """A million blanks are more than the stack of tiktoken's regex engine takes, if the pattern lets it try."""
+    for text in (" " * 1_000_001, "a" * 200_000, "\x00" * 200_000):
         assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
@@ -161,7 +161,7 @@ def joins(token: bytes) -> bool:
 
 def test_joined_tokens_and_their_parts() -> None:
     assert {VOCAB[id_] for id_ in TOKENIZER.joined} == {token for token in VOCAB if joins(token)}
-    assert {b".\n", b")\n\n", "?”\n".encode()} <= {VOCAB[id_] for id_ in TOKENIZER.joined}
+    assert {b".\n", b")\n\n", b" +\n", b" |\n", "?”\n".encode()} <= {VOCAB[id_] for id_ in TOKENIZER.joined}
     for id_, parts in TOKENIZER.joined.items():
         head = VOCAB[id_].rstrip(b"\n")
         assert parts == TOKENIZER.encode_bytes(head) + TOKENIZER.encode_bytes(VOCAB[id_][len(head) :])
@@ -218,6 +218,7 @@ BYTES = [line(bytes([b]), b) for b in range(256)]
     [
         ([], r"byte 0x00 is missing \(256 of 256 are\)"),
         ([*BYTES, "!!! 256"], r"line 257: '!!! 256' must be a token in base64, a space and its rank"),
+        ([*BYTES, "YW!I= 256"], r"line 257: 'YW!I= 256' must be"),
         ([*BYTES, "YWI= two"], r"line 257: 'YWI= two' must be"),
         ([*BYTES, "YWI="], r"line 257: 'YWI=' must be"),
         ([*BYTES, "YWI= 256 1"], r"line 257: 'YWI= 256 1' must be"),
