@@ -93,7 +93,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)  # as in `dsv3 ledger | true`
     ledger = [sys.executable, "-m", "dsv3_mini.cli", "ledger", "--preset", "nano", "--json"]  # less than a buffer
-    left = subprocess.run(ledger, stdout=write, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    left = subprocess.run(ledger, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(write)
     assert (left.returncode, left.stderr) == (0, "")
 
