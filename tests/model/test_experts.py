@@ -106,6 +106,7 @@ def test_s_shared_experts_are_one_of_s_times_the_width() -> None:
 @pytest.mark.parametrize("shared", [0, 1, 2])
 def test_a_sparse_layer_is_shared_plus_gated_routed_experts(shared: int) -> None:
     moe = MoE(nano(n_shared_experts=shared, n_routed_experts=E, n_group=1, topk_group=1, hidden_size=D), layer=1)
+    assert sum(p.numel() for n, p in moe.named_parameters() if n.startswith("shared")) == shared * 3 * 32 * D
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 6, D)

@@ -52,6 +52,18 @@ def test_the_loss_of_one_depth_reaches_every_tensor_of_mtp_and_of_the_main_model
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"{name} gets no gradient"
 
 
+def test_the_embedding_learns_from_both_of_its_uses() -> None:
+    """The last token is read by MTP's input alone: the main state at its position has no depth after it."""
+    model = random_model(nano())
+    tokens = random_tokens(model.cfg, rows=1)
+    tokens[0, -1] = 11
+    assert (tokens == 11).sum() == 1
+    logits = model(tokens).mtp_logits[0]
+    (logits * torch.randn_like(logits)).mean().backward()
+    assert model.embed_tokens.weight.grad[11].abs().max() > 0
+    assert model.embed_tokens.weight.grad[tokens[0, 0]].abs().max() > 0
+
+
 def test_a_shallower_depth_does_not_train_a_deeper_one() -> None:
     model = random_model(nano(num_nextn_predict_layers=2))
     logits = model(random_tokens(model.cfg)).mtp_logits[0]

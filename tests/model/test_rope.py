@@ -29,12 +29,13 @@ YARNS = {
     "nano": nano(**YARN),
     "both factors": nano(
         max_position_embeddings=512,
-        rope_scaling=RopeScaling(factor=8, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=1.0),
+        rope_scaling=RopeScaling(factor=8, original_max_position_embeddings=64, mscale=0.9, mscale_all_dim=0.6),
     ),
     "a ramp cut off at both ends": nano(
         max_position_embeddings=512,
-        rope_scaling=RopeScaling(factor=2, original_max_position_embeddings=4, beta_fast=64, beta_slow=1e-6),
+        rope_scaling=RopeScaling(factor=2, original_max_position_embeddings=4, beta_fast=64, beta_slow=1e-9),
     ),
+    "ends that round the other way": RELEASED.replace(rope_scaling=RopeScaling(beta_fast=30.0, beta_slow=1.1)),
     "a ramp of no width": nano(
         max_position_embeddings=512,
         rope_theta=1e30,
@@ -124,6 +125,8 @@ def test_the_published_figures() -> None:
 
     assert (round(pair_that_turns(32), 2), round(pair_that_turns(1), 2)) == (10.47, 22.51)
     assert correction_range(RELEASED, RELEASED.rope_scaling) == (10, 23)
+    # Outwards, not to the nearest: here 10.69 and 22.18.
+    assert correction_range(RELEASED, RopeScaling(beta_fast=30.0, beta_slow=1.1)) == (10, 23)
     assert round(yarn_mscale(40.0, 1.0), 5) == 1.36889
     assert round(softmax_scale(RELEASED) * math.sqrt(192), 5) == 1.87385
     assert rotation_scale(RELEASED) == 1.0
