@@ -15,6 +15,8 @@ from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--domains", nargs="+", default=list(MIXTURE), help="corpora (default: the four of the course)")
+    parser.add_argument("--text-column", default="text", help="the column of JSONL and Parquet that holds the text")
+    parser.add_argument("--allow-network", action="store_true", help="let hub: corpora be read from the network")
     parser.add_argument("--rows", type=whole(1), default=64, help="held-out rows a domain (default: 64)")
     parser.add_argument("--context", type=whole(2), default=256, help="tokens a row (default: 256)")
     parser.add_argument(
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
             f"{model.cfg.max_position_embeddings}: --samples 0 judges none"
         )
     # All are read before the first is measured: a name that is wrong should not cost minutes.
-    held_out = {domain: held_out_rows(domain, tokenizer, args.context, args.rows) for domain in args.domains}
+    source = {"text_column": args.text_column, "allow_network": args.allow_network}
+    held_out = {name: held_out_rows(name, tokenizer, args.context, args.rows, **source) for name in args.domains}
     scores: dict[str, object] = {"validation_loss": {}, "bits_per_byte": {}}
     for domain, rows in held_out.items():
         loss = held_out_loss(model, rows.tokens, tokenizer.pad_id)

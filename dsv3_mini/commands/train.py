@@ -93,14 +93,15 @@ def train(args: argparse.Namespace) -> int:
             ended = trainer.run([display, validation], stopped)
     finally:
         trainer.stream.close()
-    draw_log(folder)
     if not ended:
+        draw_log(folder)
         print(
             f"stopped after step {trainer.step} ({trainer.tokens:,} tokens), saved: the same command goes on from here"
         )
         return 0
     save_pretrained(trainer.averaged_model(), model_folder, overwrite=model_folder.exists())
     tokenizer.save(model_folder / TOKENIZER_FILE)
+    draw_log(folder)
     print(f"trained: {model_folder}; try `dsv3 sample --model {folder}` and `dsv3 eval --model {folder}`")
     return 0
 

@@ -48,16 +48,27 @@ class Checkpoint:
 def save_checkpoint(
     run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write one, then remove the oldest beyond `keep`. Returns its folder."""
+    """Write one, then remove the oldest beyond `keep`. Returns its folder.
+
+    Raises:
+        CheckpointError: the disk refuses; what was there before stays.
+    """
     root = run / "checkpoints"
     final = root / checkpoint_name(step)
     temporary = root / f".{final.name}.{os.getpid()}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for file in [*temporary.iterdir(), temporary]:
-        _flush(file)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for file in [*temporary.iterdir(), temporary]:
+            _flush(file)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{final} cannot be written ({str(error).splitlines()[0]}): make room, and run the same command again; "
+            "it goes on from the checkpoint before"
+        ) from None
     if final.exists():
         _take_away(final)
     os.replace(temporary, final)

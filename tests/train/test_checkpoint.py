@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dsv3_mini.errors import CheckpointError
@@ -201,3 +202,19 @@ def test_a_tensor_is_asked_for_by_name_and_shape(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=name) as caught:
             loaded.tensor(name, torch.Size(shape))
         assert str(folder / "state.safetensors") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_the_former_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("dsv3_mini.train.checkpoint.save_file", full)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002 cannot be written \(.*No space left.*\): make room"
+    ) as error:
+        save(tmp_path, 2)
+    assert "\n" not in str(error.value)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [checkpoint_name(1)]
+    assert_is(checkpoints(tmp_path)[-1], 1)
