@@ -43,16 +43,30 @@ text = tokenizer.decode(i for i in story[0].tolist() if i != tokenizer.eos_id)
 print(text)
 
 # %% [markdown]
-# Is that a story, by the rules of its language? Is the answer right? The judge reads the text from scratch, replays what
-# happened, and says.
+# Is that a story, by the rules of its language? The judge reads the text from scratch, replays what happened, and says. The
+# model is young: it has read for less than forty minutes on one core. It knows how sentences go, and forgets who was in them.
 
 # %%
 from dsv3_mini.data.story_judge import judge_story
+from dsv3_mini.evaluate.judged import well_formed_sentences
 
-verdict = judge_story(text)
-print("well-formed:", verdict.well_formed)
-print("nothing impossible happens:", verdict.consistent)
-print("the answer is right:", verdict.answer_right)
+share, _ = well_formed_sentences([text])
+print(f"well-formed sentences: {share:.0%}")
+print("a well-formed story:", judge_story(text).well_formed)
+
+# %% [markdown]
+# Sums it has understood. It writes the steps, carries, and arrives. This one was held out: no text that it read
+# contained it.
+
+# %%
+from dsv3_mini.data.sums import held_out_sum, is_right
+
+problem = held_out_sum(400)
+ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(problem.prompt)]])
+worked = dsv3.generate(model, ids, max_new_tokens=80, stop_id=tokenizer.eos_id)
+answer = tokenizer.decode(i for i in worked[0, ids.shape[1] :].tolist() if i != tokenizer.eos_id)
+print(problem.prompt + answer)
+print("right:", is_right(problem, answer))
 
 # %% [markdown]
 # ## Where did the words go?

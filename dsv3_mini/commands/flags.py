@@ -41,7 +41,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def read_model(args: argparse.Namespace) -> tuple[DeepSeekV3, Tokenizer]:
     """The model, without MTP, and the tokenizer beside it (the shipped tokenizer where there is none)."""
     folder = shipped("tiny") if args.model is None else Path(args.model)
-    if (folder / "recipe.json").exists():
+    if (folder / "recipe.json").exists() and not any(folder.glob("*.safetensors")):
         if not (folder / "model").is_dir():
             raise CheckpointError(f"{folder} is a run that has not ended: finish it with `dsv3 train --out {folder}`")
         folder = folder / "model"

@@ -55,6 +55,7 @@ def execute(notebook: NotebookNode, folder: Path, name: str) -> NotebookNode:
 
 def build(source: Path, lessons: Path) -> Path:
     """Build one lesson; the file that was there stays until the new one is complete."""
+    lessons.mkdir(exist_ok=True)
     notebook = execute(read_source(source), lessons, source.name)
     target = lessons / f"{source.stem}.ipynb"
     partial = target.with_suffix(".partial")

@@ -14,7 +14,12 @@ from dsv3_mini.viz.style import COLOURS, DOMAIN_COLOURS, LOAD_MAP, house_style
 
 
 def routing_figure(
-    words: Sequence[str], chosen: Int[Tensor, "s k"], gates: Float[Tensor, "s k"], n_experts: int, n_group: int, layer: int
+    words: Sequence[str],
+    chosen: Int[Tensor, "s k"],
+    gates: Float[Tensor, "s k"],
+    n_experts: int,
+    n_group: int,
+    layer: int,
 ) -> Figure:
     """Which experts each token of one text visits in one layer, and with what weight.
 

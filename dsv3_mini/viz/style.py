@@ -33,4 +33,3 @@ def house_style() -> Iterator[None]:
     """Figures made inside look alike; matplotlib's settings outside stay as they were."""
     with matplotlib.rc_context(RC):
         yield
-

@@ -1,0 +1,70 @@
+"""What ships as data/tiny is what its papers say: its size, its log, its scores measured anew on a part of the questions."""
+
+import json
+
+import pytest
+import torch
+
+from dsv3_mini import ModelConfig, from_pretrained
+from dsv3_mini.data.shipped import shipped
+from dsv3_mini.data.tokenizer import Tokenizer
+from dsv3_mini.evaluate.judged import judge_model
+from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.trainer import recipe_record
+
+TINY = shipped("tiny")
+
+
+@pytest.fixture(scope="module")
+def log() -> list[dict]:
+    return [json.loads(line) for line in (TINY / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict:
+    return json.loads((TINY / "scores.json").read_text())
+
+
+def test_the_checkpoint_is_small_and_safe() -> None:
+    files = [file for file in TINY.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files if file.suffix == ".safetensors") <= 16e6
+    assert {file.suffix for file in files} <= {".json", ".jsonl", ".safetensors", ".png", ".md"}
+
+
+def test_it_is_the_preset_trained_by_the_preset() -> None:
+    assert ModelConfig.from_hf(TINY) == ModelConfig.preset("tiny")
+    recipe = json.loads((TINY / "recipe.json").read_text())
+    assert recipe == json.loads(json.dumps(recipe_record(Recipe.preset("tiny"))))
+
+
+def test_the_log_is_of_one_whole_run(log: list[dict]) -> None:
+    steps = [line for line in log if line["kind"] == "step"]
+    every = Recipe.preset("tiny").log_every
+    assert [line["step"] for line in steps] == [1, *range(every, steps[-1]["step"] + 1, every)]
+    assert log[-1]["tokens"] >= Recipe.preset("tiny").total_tokens
+    assert steps[-1]["seconds"] <= 90 * 60
+
+
+def test_load_was_balanced_and_no_expert_idle(log: list[dict]) -> None:
+    steps = [line for line in log if line["kind"] == "step"]
+    last_tenth = [line for line in steps if line["tokens"] >= 0.9 * steps[-1]["tokens"]]
+    layers = ModelConfig.preset("tiny").num_hidden_layers - 1 + 1  # the sparse layers, and MTP's
+    for layer in last_tenth[0]["load"]:
+        load = torch.tensor([line["load"][layer] for line in last_tenth]).sum(0)
+        assert load.min() > 0
+        assert load.max() / load.float().mean() - 1 < 0.5
+        assert sum(line["max_vio"][layer] for line in last_tenth) / len(last_tenth) < 0.5, (
+            f"layer {layer}, step by step"
+        )
+    assert len(last_tenth[0]["load"]) == layers
+
+
+def test_scores_are_what_the_model_does(scores: dict) -> None:
+    """40 of the questions again. A share p of 40 lies within 4 standard errors of the recorded one, or the record is of
+    another model."""
+    model, tokenizer = from_pretrained(TINY).eval(), Tokenizer.shipped()
+    measured = judge_model(model, tokenizer, samples=40, questions=40, temperature=1.0, seed=1)
+    for name in ("well_formed", "story_answers", "sum_answers"):
+        recorded = scores["judged"][name]
+        tolerance = 4 * max(recorded * (1 - recorded), 0.01) ** 0.5 / 40**0.5
+        assert abs(getattr(measured, name) - recorded) <= tolerance, name
