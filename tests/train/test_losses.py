@@ -73,8 +73,9 @@ def test_bf16_is_as_close_as_bf16_allows_and_sums_its_chunks_in_fp32() -> None:
     exact = value_and_gradients(plain, hidden.double(), head.double(), targets)
     assert [x.dtype for x in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert ours[0].item() == pytest.approx(exact[0].item(), rel=2e-3)
-    for got, expected in zip(ours[1:], exact[1:], strict=True):
-        assert (got.double() - expected).norm() < 0.01 * expected.norm()
+    # Gradients of the head added up in BF16, chunk by chunk, would be 0.006 off.
+    for got, expected, bound in zip(ours[1:], exact[1:], (0.005, 0.004), strict=True):
+        assert (got.double() - expected).norm() < bound * expected.norm()
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -20,7 +20,7 @@ from dsv3_mini.train.checkpoint import checkpoints, load_checkpoint
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.schedules import Piece, Schedule, steps
 
-STEPS = 30
+STEPS = 24
 # One server imports (AdamW loads torch._dynamo), and every life of a run is a process of its own that it forks.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dsv3_mini.train.trainer", "torch._dynamo"])
@@ -82,7 +82,7 @@ def kill_after(process: Any, folder: Path, more_lines: int, pause: float) -> Non
         time.sleep(0.01)
         begun = min(begun, len(steps_of(folder)))  # a resumed run drops lines first
     time.sleep(pause)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def end_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
