@@ -3,8 +3,11 @@
 The work is three steps, and each is a method that a parallel or low-precision variant overrides:
 
     dispatch   copy each token once per chosen expert, sorted by expert
-    compute    every expert on its own rows
-    combine    weigh the results with the gates, add them up per token                     (equation 12)
+    compute    every expert on its own rows, each row weighed with its gate
+    combine    add the results up per token                                                (equation 12)
+
+A gate is a number per row, so it may be multiplied in anywhere behind the nonlinearity: here it is before the down
+projection, where a row is f wide and not d (a third, in our presets), forward, backward and in what is kept for it.
 
 `GroupedExperts` does `compute` in one grouped GEMM; `LoopExperts` is the same in a plain loop, to read and to check.
 """
@@ -50,35 +53,40 @@ class GroupedExperts(nn.Module):
         load: Int[Tensor, " e"],
     ) -> Float[Tensor, "T d"]:
         sent = self.dispatch(x, chosen, load)
-        return self.combine(x, self.compute(sent), gates, sent)
+        weight = gates.flatten().index_select(0, sent.slot)
+        return self.combine(x, self.compute(sent, weight), sent)
 
     def dispatch(self, x: Float[Tensor, "T d"], chosen: Int[Tensor, "T k"], load: Int[Tensor, " e"]) -> Dispatched:
         slot = chosen.flatten().argsort(stable=True)
         token = slot // chosen.shape[1]
         return Dispatched(x.index_select(0, token), token, slot, load)
 
-    def compute(self, sent: Dispatched) -> Float[Tensor, "Tk d"]:
+    def compute(self, sent: Dispatched, weight: Float[Tensor, " Tk"]) -> Float[Tensor, "Tk d"]:
         ends = sent.load.cumsum(0).to(torch.int32)
         gate_up = grouped_gemm(sent.rows, rearrange(self.gate_up_proj, "e f d -> e d f"), ends)
-        return grouped_gemm(swiglu(gate_up), rearrange(self.down_proj, "e d f -> e f d"), ends)
+        return grouped_gemm(gated(gate_up, weight), rearrange(self.down_proj, "e d f -> e f d"), ends)
 
     def combine(
-        self, x: Float[Tensor, "T d"], results: Float[Tensor, "Tk d"], gates: Float[Tensor, "T k"], sent: Dispatched
+        self, x: Float[Tensor, "T d"], results: Float[Tensor, "Tk d"], sent: Dispatched
     ) -> Float[Tensor, "T d"]:
-        weight = gates.flatten().index_select(0, sent.slot).type_as(results)
-        return torch.zeros_like(x).index_add(0, sent.token, results * rearrange(weight, "Tk -> Tk 1"))
+        return torch.zeros_like(x).index_add_(0, sent.token, results)
 
 
 class LoopExperts(GroupedExperts):
     """One expert after the other."""
 
-    def compute(self, sent: Dispatched) -> Float[Tensor, "Tk d"]:
-        results = []
-        for rows, gate_up, down in zip(
-            sent.rows.split(sent.load.tolist()), self.gate_up_proj, self.down_proj, strict=True
+    def compute(self, sent: Dispatched, weight: Float[Tensor, " Tk"]) -> Float[Tensor, "Tk d"]:
+        load, results = sent.load.tolist(), []
+        for rows, gates, gate_up, down in zip(
+            sent.rows.split(load), weight.split(load), self.gate_up_proj, self.down_proj, strict=True
         ):
-            results.append(swiglu(rows @ gate_up.T) @ down.T)
+            results.append(gated(rows @ gate_up.T, gates) @ down.T)
         return torch.cat(results)
+
+
+def gated(gate_up: Float[Tensor, "T 2f"], weight: Float[Tensor, " T"]) -> Float[Tensor, "T f"]:
+    """The SwiGLU of every row, times the row's gate value."""
+    return swiglu(gate_up) * rearrange(weight, "T -> T 1").type_as(gate_up)
 
 
 def grouped_gemm(

@@ -117,16 +117,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], CHUNK):
             rows, target, keep = (x[start : start + CHUNK] for x in (hidden, targets, kept))
-            log_share = (rows @ head.T).float().log_softmax(dim=-1)
-            safe = rearrange(target.clamp(min=0), "T -> T 1")
-            total -= (log_share.gather(-1, safe).squeeze(-1) * keep).sum()
+            safe, keep = rearrange(target.clamp(min=0), "T -> T 1"), rearrange(keep, "T -> T 1")
+            # All in place, in the memory of the logits: exp(logit - largest), whose sum makes them shares.
+            logits = (rows @ head.T).float()
+            logits -= logits.amax(dim=-1, keepdim=True)
+            right = logits.gather(-1, safe)
+            weights = logits.exp_()
+            norm = weights.sum(dim=-1, keepdim=True)
+            total += ((norm.log() - right) * keep).sum()
             if wants_grad:
-                # d loss / d logits = softmax - one_hot, for kept positions, over their number.
-                share = log_share.exp_()
-                share.scatter_add_(-1, safe, torch.full_like(share[:, :1], -1.0))
-                share = share.mul_(rearrange(keep / count, "T -> T 1")).to(head.dtype)
-                grad_hidden[start : start + CHUNK] = share @ head
-                grad_head += share.T @ rows
+                # d loss / d logits = (share - one_hot) / count = (weights - norm one_hot) / (norm count) where kept. What
+                # is a number per token is multiplied in where a token is d wide, not v.
+                weights = weights.scatter_add_(-1, safe, -norm).to(head.dtype)
+                scale = (keep / (norm * count)).to(head.dtype)
+                grad_hidden[start : start + CHUNK] = (weights @ head) * scale
+                grad_head += weights.T @ (rows * scale)
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         return total / count
