@@ -6,6 +6,8 @@ import argparse
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from dsv3_mini.machine import memory
 from dsv3_mini.train.display import Display
 from dsv3_mini.train.recipe import PRESETS as RECIPES
 from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.replicas import Replicas
 from dsv3_mini.train.trainer import Trainer
 from dsv3_mini.viz.figures import training_figure
 
@@ -52,17 +55,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=whole(1), help="sequences at a time: lower it where memory is short")
     parser.add_argument("--seed", type=whole(0), help="of weights and data (default: the recipe's)")
     parser.add_argument("--threads", type=whole(1, most=1024), help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--processes", type=whole(1, most=1024), default=1, help="share each batch among so many processes (default: 1)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--judge", type=whole(0), default=32, help="samples to judge at each evaluation (default: 32)")
     parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.processes > 1 and not torch.distributed.is_torchelastic_launched():
+        return start_processes(args.processes)
     with cpu_threads(args.threads):
-        return train(args)
+        replicas = Replicas.from_environment()
+        try:
+            return train(args, replicas)
+        finally:
+            replicas.leave()
 
 
-def train(args: argparse.Namespace) -> int:
+def start_processes(count: int) -> int:
+    """This same command in `count` processes, by torchrun; their exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run([*command, "-m", "dsv3_mini.cli", *sys.argv[1:]]).returncode
+
+
+def train(args: argparse.Namespace, replicas: Replicas) -> int:
     cfg, recipe = read_config(args), read_recipe(args)
     require_device(args.device)
     require_memory(cfg, args.device)
@@ -81,11 +99,17 @@ def train(args: argparse.Namespace) -> int:
             allow_network=args.allow_network,
         )
 
-    trainer = Trainer(folder, cfg, recipe, tokenizer, open_stream, args.device)
+    trainer = Trainer(folder, cfg, recipe, tokenizer, open_stream, args.device, replicas)
     model_folder = folder / "model"
     # The tokenizer is written last: with it the model is whole.
     if trainer.tokens >= recipe.total_tokens and (model_folder / TOKENIZER_FILE).exists():
-        print(f"{folder} has ended ({trainer.tokens:,} tokens): its model is {model_folder}; another --out starts anew")
+        if replicas.first:
+            print(f"{folder} has ended ({trainer.tokens:,} tokens): its model is {model_folder}; another --out starts anew")
+        return 0
+    if not replicas.first:
+        with stop_on_interrupt(args.minutes) as stopped:
+            trainer.run(should_stop=stopped)
+        trainer.stream.close()
         return 0
     validation = Validation(list(recipe.mixture), tokenizer, samples=args.judge, text_column=args.text_column)
     try:

@@ -2,9 +2,19 @@
 
 The generator draws from these lists and the judge looks words up in them; neither has a word of its own. Objects,
 places, hiding spots and animals share no word, so "the lantern" can only be a thing and "the cellar" only a place.
+
+Some words of a list are told far more often than others, as in any language (Zipf): see `draw`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from random import Random
+from typing import TypeVar
+
+Word = TypeVar("Word")
 
 
 def words(text: str) -> list[str]:
@@ -229,6 +239,25 @@ DAY_KINDS = words("""amazing awful busy calm difficult exciting extraordinary fu
 memorable peaceful perfect pleasant sad splendid strange terrible wonderful""")
 SONGS = words("carol hymn lullaby melody song tune")
 SONG_KINDS = words("cheerful famous foreign funny gentle happy little long lovely old popular sad short silly slow")
+
+# ---- how often -------------------------------------------------------------------------------------------------------
+
+
+def draw(rng: Random, words: Sequence[Word]) -> Word:
+    """A word of a list: the most frequent about ten times as often as the twentieth. The order is a fixed shuffle."""
+    order, weights = _frequencies(len(words))
+    return words[rng.choices(order, cum_weights=weights)[0]]
+
+
+@cache
+def _frequencies(count: int) -> tuple[list[int], list[float]]:
+    """The places of a list of `count` words, most frequent first, and Zipf's weights 1 / (rank + 1) added up."""
+    order = list(range(count))
+    Random(count).shuffle(order)
+    return order, list(accumulate(1 / (rank + 1) for rank in range(1, count + 1)))
+
+
+# ---- slots -----------------------------------------------------------------------------------------------------------
 
 # What a grammar slot with this name may hold, when the slot is a free choice.
 CATEGORIES: dict[str, list[str]] = {

@@ -290,6 +290,46 @@ def _pair(t: Teller) -> None:
         t.go(t.rng.choice((a, b)), t.new_place())
 
 
+def _alone(t: Teller) -> None:
+    """One person, one thing, a few steps."""
+    (a,) = t.cast(1)
+    t.open((a, t.new_place()))
+    if t.kind == "where_person" and t.chance(0.5):
+        t.go(a, t.new_place())
+    thing = t.has(a, t.rng.choice(("has", "has", "makes")))
+    if t.kind == "where_person":
+        t.go(a, t.new_place())
+    if t.kind == "where_object" or t.chance(0.4):
+        t.carry_put(a, thing, t.new_place()) if t.chance(0.5) else t.put(a, thing)
+    elif t.chance(0.4):
+        t.go(a, t.new_place())
+
+
+def _treasure(t: Teller) -> None:
+    """One person finds a thing, takes it, and perhaps loses it again."""
+    (a,) = t.cast(1)
+    here, there = t.new_place(), t.new_place()
+    t.open((a, here))
+    thing = t.sees_new(a)
+    if t.kind not in ("where_object", "colour", "material") or t.chance(0.7):
+        t.take_and_go(a, thing, there)
+        if t.kind == "where_object":
+            t.lose(a, thing) if t.chance(0.3) else t.put(a, thing)
+
+
+def _together(t: Teller) -> None:
+    """Two people, one thing, given where they are."""
+    a, b = t.cast(2)
+    here = t.new_place()
+    t.open((a, here), (b, here))
+    thing = t.has(a)
+    if t.kind == "who_has" and t.chance(0.3):
+        return
+    t.hand(a, thing, b)
+    if t.kind == "where_object":
+        t.put(b, thing)
+
+
 _PLOTS: dict[Callable[[Teller], None], tuple[str, ...]] = {
     _fetch: ("where_object", "where_person", "colour", "material", "who_is"),
     _gift: ("where_object", "who_has", "who_gave", "what_received", "where_person", "colour", "material", "who_is"),
@@ -307,5 +347,12 @@ _PLOTS: dict[Callable[[Teller], None], tuple[str, ...]] = {
     _loan: ("who_has", "who_gave", "where_object", "what_received"),
     _craft: ("who_has", "who_gave", "who_is", "material", "what_received"),
     _pair: ("where_object", "who_has", "where_person"),
+    _alone: ("where_object", "where_person", "colour", "material", "who_is"),
+    _treasure: ("where_object", "where_person", "colour", "material"),
+    _together: ("where_object", "who_has", "who_gave", "what_received", "colour", "material", "who_is"),
 }
-PLOTS_BY_KIND = {kind: [plot for plot, kinds in _PLOTS.items() if kind in kinds] for kind in QUESTIONS}
+_SHORT = (_alone, _treasure, _together)  # told three times as often as the others
+PLOTS_BY_KIND = {
+    kind: [plot for plot, kinds in _PLOTS.items() if kind in kinds for _ in range(3 if plot in _SHORT else 1)]
+    for kind in QUESTIONS
+}

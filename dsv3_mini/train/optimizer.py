@@ -48,6 +48,13 @@ class MasterAdamW:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
+    def gradients(self) -> list[Tensor]:
+        """The masters' gradients, in one order in every process; zeros for a weight that no token of the batch used."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters.values()]
+
     def clip_gradients(self, clip_norm: float) -> Tensor:
         """Scale the masters' gradients down to a norm of at most `clip_norm`; returns the norm before.
 

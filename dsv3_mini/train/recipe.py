@@ -39,7 +39,6 @@ class Recipe:
     clip_norm: float = 1.0
     ema_decay: float = 0.99
     precision: str = "fp32"  # or "bf16": weights and activations; the optimizer keeps FP32 masters either way
-    head_from_embedding: bool = False  # start the head as a copy of the embedding; they part with the first step
     seed: int = 0
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
     log_every: int = 10  # steps
@@ -123,29 +122,27 @@ def deepseek_v3() -> Recipe:
 def tiny() -> Recipe:
     """A laptop, about an hour. The report's shape; a higher learning rate and small batches, as small models take them.
 
-    Gamma starts above the report's, since biases have some thousand steps to find their place and not a million. The
-    head starts as a copy of the embedding: a name that is to be repeated is then found by *one* map from what was read
-    to what is written, shared by all names, where two independent tables would have to learn every name by itself.
+    Gamma starts above the report's, since biases have some thousand steps to find their place and not a million.
     """
     million = 1e6
     return Recipe(
-        total_tokens=4_000_000,
+        total_tokens=13_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
-                Piece(0.1 * million, 0.0, 2e-3),
-                Piece(2.4 * million, 2e-3, 2e-3),
-                Piece(3.7 * million, 2e-3, 2e-4, "cosine"),
-                Piece(3.85 * million, 2e-4, 2e-4),
-                Piece(4.0 * million, 7e-5, 7e-5),
+                Piece(0.15 * million, 0.0, 2.4e-3),
+                Piece(6.0 * million, 2.4e-3, 2.4e-3),
+                Piece(12.0 * million, 2.4e-3, 1.2e-4, "cosine"),
+                Piece(12.5 * million, 1.2e-4, 1.2e-4),
+                Piece(13.0 * million, 4e-5, 4e-5),
             ),
         ),
-        batch_size=Schedule("batch_size", (Piece(3.0 * million, 6, 12),)),
+        batch_size=Schedule("batch_size", (Piece(8.0 * million, 8, 16),)),
         context=constant("context", 160),
-        gamma=steps("gamma", 0.005, (2.4 * million, 0.002), (3.85 * million, 0.0)),
-        mtp_lambda=steps("mtp_lambda", 0.3, (2.7 * million, 0.1)),
+        gamma=steps("gamma", 0.005, (6.0 * million, 0.002), (12.0 * million, 0.0005), (12.5 * million, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (8.5 * million, 0.1)),
         alpha=1e-3,
-        head_from_embedding=True,
+        mixture={"stories": 0.7, "sums": 0.14, "code": 0.08, "prose": 0.08},
         log_every=20,
         evaluate_every=500_000,
     )

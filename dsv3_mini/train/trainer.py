@@ -34,6 +34,7 @@ from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints, load_checkp
 from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW
 from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.replicas import Replicas
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -78,6 +79,7 @@ class Trainer:
         tokenizer: what the stream encodes with; its vocabulary must fit the model's.
         open_stream: makes the stream of rows of a given length; `TokenStream` of the recipe's mixture by default.
         device: where to train.
+        replicas: the processes that share each batch; by default this one is alone.
 
     Raises:
         ConfigError: tokenizer or context do not fit the model, or the folder holds another run. CheckpointError: a damaged checkpoint.
@@ -91,6 +93,7 @@ class Trainer:
         tokenizer: Tokenizer,
         open_stream: Callable[[int], TokenStream] | None = None,
         device: str = "cpu",
+        replicas: Replicas = Replicas(),
     ) -> None:
         if tokenizer.n_vocab > cfg.vocab_size:
             raise ConfigError(f"vocab_size = {cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens")
@@ -100,15 +103,18 @@ class Trainer:
                 f"max_position_embeddings = {cfg.max_position_embeddings} is less than the recipe's context of {longest}: "
                 "choose another recipe, or a model that reads as far"
             )
+        fewest = round(min(min(piece.start, piece.end) for piece in recipe.batch_size.pieces))
+        if fewest < replicas.count:
+            raise ConfigError(
+                f"batch_size = {fewest} cannot be shared among {replicas.count} processes: start at most {fewest}"
+            )
         self.folder, self.cfg, self.recipe, self.tokenizer, self.device = folder, cfg, recipe, tokenizer, device
+        self.replicas = replicas
         self._open_stream = open_stream or self._default_stream
         self._refuse_other_run()
         torch.manual_seed(recipe.seed)
         # Masters are taken from the FP32 initialisation, so that FP32 and BF16 runs start from the same weights.
         model = DeepSeekV3(cfg).to(device)
-        if recipe.head_from_embedding:
-            with torch.no_grad():
-                model.lm_head.weight.copy_(model.embed_tokens.weight)
         start = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.model = model.to(DTYPES[recipe.precision])
         self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start)
@@ -118,7 +124,8 @@ class Trainer:
         found = checkpoints(folder)
         if found:
             self._resume(found[-1])
-        self._adopt_folder()  # last, so that a start that fails leaves nothing behind
+        if replicas.first:
+            self._adopt_folder()  # last, so that a start that fails leaves nothing behind
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -130,7 +137,7 @@ class Trainer:
         rows = self._next_rows(batch_size).to(self.device)
         _, all_targets = inputs_and_targets(rows, self.tokenizer.pad_id)
         counter, sums = LoadCounter(), torch.zeros(3, device=self.device)
-        for part in rows.split(recipe.micro_batch):
+        for part in self.replicas.own_rows(rows).split(recipe.micro_batch):
             inputs, targets = inputs_and_targets(part, self.tokenizer.pad_id)
             losses = training_losses(self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets)
             self._require_finite(losses.total, "loss")
@@ -138,6 +145,9 @@ class Trainer:
             self.optimizer.collect_gradients()
             counter.add(losses.routing)
             sums += torch.stack([losses.main, losses.mtp, losses.balance])
+        if self.replicas.count > 1:
+            self.replicas.add_up([*self.optimizer.gradients(), sums])
+            self.replicas.add_up(list(counter.load.values()))
         grad_norm = self.optimizer.clip_gradients(recipe.clip_norm)
         self._require_finite(grad_norm, "gradient norm")
         self.optimizer.step(learning_rate)
@@ -155,11 +165,15 @@ class Trainer:
     def run(self, observers: Iterable[Observer] = (), should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the recipe's end, or until `should_stop` says so; either way the run is saved. True if at the end.
 
-        What observers return when an evaluation is due is logged.
+        What observers return when an evaluation is due is logged. Of several processes the first one writes and evaluates.
         """
+        if not self.replicas.first:
+            while self.tokens < self.recipe.total_tokens and not self.replicas.anyone(should_stop()):
+                self.train_step()
+            return self.tokens >= self.recipe.total_tokens
         observers = list(observers)
         with RunLog(self.folder / "log.jsonl", self.step) as log:
-            while self.tokens < self.recipe.total_tokens and not should_stop():
+            while self.tokens < self.recipe.total_tokens and not self.replicas.anyone(should_stop()):
                 before = self.tokens
                 report = self.train_step()
                 if report.step % self.recipe.log_every == 0 or report.step == 1:
