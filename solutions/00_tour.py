@@ -76,7 +76,7 @@ print("right:", is_right(problem, answer))
 # part the four *groups* of experts; a token may visit two of them only. (On a cluster, a group lives on one machine.)
 
 # %%
-from dsv3_mini.viz.figures import routing_figure
+from dsv3_mini.viz.figures.routing import routing_figure
 
 sentence = tokenizer.encode(text.split(". ")[1] + ".")
 with torch.no_grad():
@@ -93,7 +93,7 @@ routing_figure(words, layer.chosen[0], layer.gates[0], model.cfg.n_routed_expert
 
 # %%
 from dsv3_mini.data.stream import held_out_rows
-from dsv3_mini.viz.figures import load_figure
+from dsv3_mini.viz.figures.routing import load_figure
 
 shares = {}
 for domain in ("stories", "sums", "code", "prose"):

@@ -29,7 +29,7 @@ from dsv3_mini.train.recipe import PRESETS as RECIPES
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import Replicas
 from dsv3_mini.train.trainer import Trainer
-from dsv3_mini.viz.figures import training_figure
+from dsv3_mini.viz.figures.training import training_figure
 
 STATE_BYTES = 20  # of each parameter, in FP32: weight, gradient, two moments, moving average
 
@@ -104,7 +104,9 @@ def train(args: argparse.Namespace, replicas: Replicas) -> int:
     # The tokenizer is written last: with it the model is whole.
     if trainer.tokens >= recipe.total_tokens and (model_folder / TOKENIZER_FILE).exists():
         if replicas.first:
-            print(f"{folder} has ended ({trainer.tokens:,} tokens): its model is {model_folder}; another --out starts anew")
+            print(
+                f"{folder} has ended ({trainer.tokens:,} tokens): its model is {model_folder}; another --out starts anew"
+            )
         return 0
     if not replicas.first:
         with stop_on_interrupt(args.minutes) as stopped:

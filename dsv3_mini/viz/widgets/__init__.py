@@ -1,0 +1,1 @@
+"""Widgets: thin controls around the pure figures of `viz/figures`."""
