@@ -16,10 +16,10 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFF
 NBVAL := $(PY) -m pytest -n $(WORKERS) --dist loadscope --nbval-current-env --nbval-cell-timeout 120
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test data notebooks clean moved
+.PHONY: help lab test test-browser data notebooks check-notebooks clean moved
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 lab: $(READY) ## open JupyterLab on the first lesson
 	cd lessons && ../$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/00_tour.ipynb \
@@ -36,12 +36,18 @@ ifneq ($(LESSONS),)
 endif
 	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadscope
 
+test-browser: $(READY) ## open every lesson in a browser and move every control; pictures go to screenshots/
+	$(TEST_ENV) $(PY) -m pytest -p no:cacheprovider tests/browser --all-lessons --screenshots screenshots
+
 data: $(READY) ## rebuild what data/ holds, and check that a second build gives the same bytes
 	$(PY) -m dsv3_mini.data.build
 	$(PY) -m dsv3_mini.data.build --check
 
-notebooks: $(READY) ## build and run the notebooks from solutions/*.py
+notebooks: $(READY) ## build and run both notebooks of every lesson from solutions/*.py
 	$(PY) -m dsv3_mini.course.build
+
+check-notebooks: $(READY) ## build them all beside, and say whether a byte differs
+	$(PY) -m dsv3_mini.course.build --check
 
 clean: ## remove .venv and caches (data/ and runs/ stay)
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis

@@ -126,21 +126,21 @@ def tiny() -> Recipe:
     """
     million = 1e6
     return Recipe(
-        total_tokens=10_000_000,
+        total_tokens=7_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.15 * million, 0.0, 2.4e-3),
-                Piece(4.5 * million, 2.4e-3, 2.4e-3),
-                Piece(9.2 * million, 2.4e-3, 1.2e-4, "cosine"),
-                Piece(9.6 * million, 1.2e-4, 1.2e-4),
-                Piece(10.0 * million, 4e-5, 4e-5),
+                Piece(4.0 * million, 2.4e-3, 2.4e-3),
+                Piece(6.5 * million, 2.4e-3, 1.2e-4, "cosine"),
+                Piece(6.75 * million, 1.2e-4, 1.2e-4),
+                Piece(7.0 * million, 4e-5, 4e-5),
             ),
         ),
         batch_size=Schedule("batch_size", (Piece(6.0 * million, 8, 16),)),
         context=constant("context", 160),
-        gamma=steps("gamma", 0.005, (4.5 * million, 0.002), (9.2 * million, 0.0005), (9.6 * million, 0.0)),
-        mtp_lambda=steps("mtp_lambda", 0.3, (6.5 * million, 0.1)),
+        gamma=steps("gamma", 0.005, (4.0 * million, 0.002), (6.5 * million, 0.0005), (6.75 * million, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.3, (4.5 * million, 0.1)),
         alpha=1e-3,
         mixture={"stories": 0.7, "sums": 0.14, "code": 0.08, "prose": 0.08},
         log_every=20,

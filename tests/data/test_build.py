@@ -60,14 +60,14 @@ def test_what_is_held_out_is_not_in_what_is_trained_on(domain):
 def test_the_tokenizer_is_of_4096_tokens_and_fits_its_text():
     tokenizer = Tokenizer.shipped()
     assert tokenizer.n_vocab == 4096 and len(tokenizer.ranks) == 4096 - len(SPECIAL_TOKENS)
-    for domain, least in (("stories", 4.2), ("code", 3.2), ("prose", 3.35)):
+    for domain, least in (("stories", 4.2), ("code", 2.9), ("prose", 3.15)):
         name = "stories.held_out.jsonl" if domain == "stories" else build.SAMPLE_FILE
         texts = [row["text"] for row in rows(name) if row.get("domain", "stories") == domain]
         n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
         assert sum(len(text.encode()) for text in texts) / n_tokens > least
     story_words = [word for row in rows("stories.held_out.jsonl") for word in row["text"].split(" ") if word.isalpha()]
     whole = sum(len(tokenizer.encode(" " + word)) == 1 for word in story_words)
-    assert whole / len(story_words) > 0.94
+    assert whole / len(story_words) > 0.97
 
 
 def test_the_sample_of_python_is_small_and_under_its_licence():

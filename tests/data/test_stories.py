@@ -60,12 +60,26 @@ def test_no_two_stories_are_alike_and_none_is_held_out_too(train: list[Story]) -
     assert not texts.intersection(story.text for story in samples(2000, HELD_OUT_SEED))
 
 
-def test_stories_are_rich_in_words_and_short(some: list[Story]) -> None:
-    words = {word.strip(".,?").lower() for story in some for word in story.text.split()}
+def test_stories_are_rich_in_words_and_of_many_lengths(train: list[Story]) -> None:
+    words = {word.strip(".,?").lower() for story in train for word in story.text.split()}
     assert len(words) >= 1200
-    lengths = sorted(len(story.text.split()) for story in some)
-    assert lengths[len(lengths) // 100] >= 58 and lengths[-1] <= 130
-    assert all(5 <= len(sentences_of(story.text)) <= 14 for story in some)
+    lengths = sorted(len(story.text.split()) for story in train)
+    assert lengths[0] >= 20 and lengths[-1] <= 130
+    assert lengths[len(lengths) // 10] < 50 and lengths[-len(lengths) // 10] > 75, "some are short, some are long"
+    assert all(3 <= len(sentences_of(story.text)) <= 14 for story in train)
+
+
+def test_words_come_by_zipfs_law() -> None:
+    """Counts of 30,000 draws against 1 / (rank + 1), five standard deviations either side; the order is no alphabet."""
+    words, draws = [str(i) for i in range(60)], 30_000
+    counts = Counter(lexicon.draw(random.Random(f"draw-{i}"), words) for i in range(draws))
+    total = sum(1 / (rank + 1) for rank in range(1, 61))
+    by_count = [word for word, _ in counts.most_common()]
+    for rank, word in enumerate(by_count[:12], start=1):
+        expected = draws / (rank + 1) / total
+        assert abs(counts[word] - expected) < 5 * expected**0.5, (rank, counts[word], expected)
+    assert len(counts) == 60 and by_count[:5] != sorted(by_count[:5])
+    assert lexicon.draw(random.Random(4), words) == lexicon.draw(random.Random(4), words)
 
 
 def test_shares_are_those_of_the_table(train: list[Story]) -> None:
@@ -75,8 +89,8 @@ def test_shares_are_those_of_the_table(train: list[Story]) -> None:
         assert counts[kind] / len(train) == pytest.approx(share / 100, abs=0.01)
 
 
-def test_every_template_is_used(some: list[Story]) -> None:
-    corpus = "\n".join("\n".join(sentences_of(story.text)) for story in some)
+def test_every_template_is_used(train: list[Story]) -> None:
+    corpus = "\n".join("\n".join(sentences_of(story.text)) for story in train)
     for template in TEMPLATES:
         pattern = re.sub(r"\\\{\w+\\\}", "[A-Za-z ]+", re.escape(template.pattern))
         assert re.search(f"^{pattern}$", corpus, re.MULTILINE), template
@@ -344,7 +358,7 @@ def test_other_answers_are_wrong(some: list[Story]) -> None:
             verdict = judge_story(prompt_of(story) + " " + other)
             assert not verdict.answer_right, (verdict, story.text, other)
             refused += verdict.well_formed
-    assert refused > 300
+    assert refused > 250
 
 
 def test_damaged_stories_are_refused(some: list[Story]) -> None:
