@@ -63,3 +63,6 @@ class Replicas:
         raised = torch.tensor(int(flag))
         dist.all_reduce(raised)
         return bool(raised)
+
+
+ALONE = Replicas()

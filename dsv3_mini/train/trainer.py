@@ -34,7 +34,7 @@ from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints, load_checkp
 from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW
 from dsv3_mini.train.recipe import Recipe
-from dsv3_mini.train.replicas import Replicas
+from dsv3_mini.train.replicas import ALONE, Replicas
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -93,7 +93,7 @@ class Trainer:
         tokenizer: Tokenizer,
         open_stream: Callable[[int], TokenStream] | None = None,
         device: str = "cpu",
-        replicas: Replicas = Replicas(),
+        replicas: Replicas = ALONE,
     ) -> None:
         if tokenizer.n_vocab > cfg.vocab_size:
             raise ConfigError(f"vocab_size = {cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens")

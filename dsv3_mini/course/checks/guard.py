@@ -69,13 +69,12 @@ def _short(error: BaseException, answer: Callable[..., Any]) -> str:
     code = getattr(answer, "__code__", None)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     numbers = [number for _, number in traceback.walk_tb(error.__traceback__)]
-    own = [i for i, frame in enumerate(frames) if code is not None and frame.f_code.co_filename == code.co_filename]
+    own = [i for i, frame in enumerate(frames) if frame.f_code is code]  # not what it calls: that may be the course's
     if not own:
         return said
-    file, number = code.co_filename, numbers[own[-1]]
-    first = code.co_firstlineno
-    line = linecache.getline(file, number).strip()
-    return f"{said}\nin line {number - first + 1} of your function: {line}" if line else said
+    number = numbers[own[-1]]
+    line = linecache.getline(code.co_filename, number).strip()
+    return f"{said}\nin line {number - code.co_firstlineno + 1} of your function: {line}" if line else said
 
 
 @contextmanager

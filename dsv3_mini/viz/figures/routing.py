@@ -139,7 +139,7 @@ def _draw_stage(
     """Layers from below: the dense ones as a bar, each sparse one as a row of experts with gaps between groups."""
     n_layers = chosen.shape[0]
     colours, top = matplotlib.colormaps[GATE_MAP], largest or float(gates.max())
-    axes.set(xlim=(0, 100), ylim=(-0.15, n_layers + 2))
+    axes.set(xlim=(0, 100.5), ylim=(-0.15, n_layers + 2))
     axes.axis("off")
     axes.text(0, 0.35, f"layers 0-{dense - 1}" if dense > 1 else "layer 0", va="center", fontsize=11)
     axes.add_patch(Rectangle((14, 0), 86, 0.7, facecolor=IDLE, edgecolor=EDGE))
