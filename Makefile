@@ -34,10 +34,10 @@ endif
 ifneq ($(LESSONS),)
 	$(TEST_ENV) $(NBVAL) --nbval-lax $(LESSONS)
 endif
-	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadscope
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadscope --ignore tests/browser/test_the_tests.py
 
-test-browser: $(READY) ## open every lesson in a browser and move every control; pictures go to screenshots/
-	$(TEST_ENV) $(PY) -m pytest -p no:cacheprovider tests/browser --all-lessons --screenshots screenshots
+test-browser: $(READY) ## open every lesson in a browser and move every control; pictures go to runs/screenshots
+	$(TEST_ENV) $(PY) -m pytest -p no:cacheprovider tests/browser --all-lessons --screenshots runs/screenshots
 
 data: $(READY) ## rebuild what data/ holds, and check that a second build gives the same bytes
 	$(PY) -m dsv3_mini.data.build

@@ -231,7 +231,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_make_alone_lists_every_target(checkout: Checkout) -> None:
     listed = [line.split()[1] for line in checkout.make().stdout.splitlines()]
-    assert sorted(listed) == ["clean", "data", "help", "lab", "notebooks", "test"]
+    assert sorted(listed) == ["check-notebooks", "clean", "data", "help", "lab", "notebooks", "test", "test-browser"]
     assert checkout.asked() == ""
 
 

@@ -138,24 +138,6 @@ window.lesson = (() => {
     return at < 0 ? null : at;
   };
 
-  // Where an ipywidgets slider's handle is on its track; with `at`, where on the page that spot is ({}: the handle).
-  const spot = (widget, i, at) => {
-    const e = element(widget, i), track = e.closest('.noUi-target')?.querySelector('.noUi-base');
-    if (!track) return null;
-    const t = track.getBoundingClientRect(), h = e.getBoundingClientRect();
-    const now = {x: (h.x + h.width / 2 - t.x) / t.width, y: (h.y + h.height / 2 - t.y) / t.height};
-    const {x, y} = {...now, ...at};
-    return at ? {x: t.x + x * t.width, y: t.y + y * t.height} : now;
-  };
-
-  const put = (widget, i, text) => { // only to put an <input> back; moving it is done by key
-    const e = element(widget, i);
-    if (e.value === undefined) return;
-    e.value = text;
-    e.dispatchEvent(new Event('input', {bubbles: true}));
-    e.dispatchEvent(new Event('change', {bubbles: true}));
-  };
-
   // ---- pictures
   const digest = numbers => {
     let h = 2166136261;
@@ -214,8 +196,8 @@ window.lesson = (() => {
   const changes = async (widget, before, limit) => (await watchUntil(widget, limit, seen => seen !== before)).enough;
 
   return {
-    state, watch, ran, faults, element, describe, value: (w, i) => value(element(w, i)), spot, put, pause, rest, changes,
-    runAll: () => window.jupyterapp.commands.execute('notebook:run-all-cells'),
+    state, watch, ran, faults, element, describe, value: (w, i) => value(element(w, i)),
+    pause, rest, changes, runAll: () => window.jupyterapp.commands.execute('notebook:run-all-cells'),
     idle, counts: () => widgets().map((_, widget) => controls(widget).length),
     errors: () => callbackErrors.splice(0),
     show: (w, i) => { const e = element(w, i); e.scrollIntoView({block: 'center'}); e.focus({preventScroll: true}); },

@@ -214,7 +214,7 @@ player('''el.innerHTML = `<svg width=300 height=30><rect height=30 width=5 /></s
   <input type="range" aria-label="deaf" value=0 max=9>`;
 el.querySelector('input').oninput = e => el.querySelector('rect').setAttribute('width', 9 * e.target.value + 5);''')
 """,
-        ['slider "deaf": the arrow keys do not move it'],
+        ['slider "deaf": the arrow keys do not move it', 'slider "deaf": no picture of its widget changed'],
     ),
     "unknown view": (
         'w.IntSlider(_view_name="NoSuchView", _view_module="no-such-module", _view_module_version="1")',

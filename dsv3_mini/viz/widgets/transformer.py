@@ -59,7 +59,9 @@ def mask_explorer() -> Explorer:
         "A table of attention weights, one row a query, and the weights of one chosen row as bars.",
         width=ipywidgets.SelectionSlider(options=[4, 16, 64, 256], value=16, description="width of a head"),
         scaled=ipywidgets.Checkbox(value=True, description="divide by its root"),
-        mask=ipywidgets.Dropdown(options=MASKS, value=MASKS[0], description="mask"),
+        mask=ipywidgets.Dropdown(
+            options=MASKS, value=MASKS[0], description="mask", layout=ipywidgets.Layout(width="max-content")
+        ),
         query=ipywidgets.IntSlider(value=4, min=1, max=len(WORDS), description="query"),
     )
 
@@ -89,7 +91,9 @@ def stream_explorer() -> Explorer:
     return Explorer(
         draw,
         "Three curves by layer: the size of the states, how alike tokens are, and the gradient that arrives.",
-        arrangement=ipywidgets.Dropdown(options=list(ARRANGEMENTS), description="arrangement"),
+        arrangement=ipywidgets.Dropdown(
+            options=list(ARRANGEMENTS), description="arrangement", layout=ipywidgets.Layout(width="max-content")
+        ),
         layers=ipywidgets.IntSlider(value=12, min=2, max=24, step=2, description="layers"),
         scale=ipywidgets.SelectionSlider(options=[0.25, 0.5, 1.0, 2.0], value=1.0, description="first weights, times"),
     )
