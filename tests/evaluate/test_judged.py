@@ -155,7 +155,8 @@ def test_a_story_of_a_wrong_world_is_well_formed_but_not_consistent(monkeypatch:
         return ". ".join([*sentences[:-3], sentences[-3], *sentences[-3:]]) + "\n" + end
 
     scores = scores_of(Writer(change), monkeypatch)
-    assert scores.own_answer_right <= scores.consistent < 0.5 < 0.9 < scores.well_formed
+    # In the shortest stories the event told twice is an opening, of which there can be one only.
+    assert scores.own_answer_right <= scores.consistent < 0.5 < 0.8 < scores.well_formed
     assert scores.sentences_well_formed == 1.0
 
 
