@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lesson_page import LessonPage
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-TWO = ("00_tour", "01_shapes_and_einops")
+TWO = ("01_shapes_and_einops", "02_tokenizer")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
