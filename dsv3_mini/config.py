@@ -337,7 +337,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_position_embeddings=512,
         rope_scaling=None,
         # About 1 / sqrt(192). At 0.02 what a token *is* drowns in what all tokens of its class share, and the model needs
-        # many times the tokens until it repeats a name (measured: dsv3 train --set initializer_range=0.02).
+        # many times the tokens until it repeats a name (see it: dsv3 train --set initializer_range=0.02).
         initializer_range=0.08,
     ),
     "small": dict(

@@ -16,6 +16,7 @@ from dsv3_mini.course.grade.report import print_report, to_csv, to_json
 from dsv3_mini.course.grade.results import Graded, Submission
 from dsv3_mini.course.grade.supervise import Limits, grade
 from dsv3_mini.errors import UserError
+from dsv3_mini.files import write_text
 
 WIDTH = 140  # of the tables where they are not written to a terminal
 
@@ -63,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.folder}: no checks for {', '.join(without)}: there is nothing to grade")
     graded = _all(found, args.checks, limits, args.jobs)
     if args.csv:
-        args.csv.write_text(to_csv(graded), encoding="utf-8")
+        write_text(args.csv, to_csv(graded))
     if args.json:
-        args.json.write_text(to_json(graded, limits, [*passed_over, *without]), encoding="utf-8")
+        write_text(args.json, to_json(graded, limits, [*passed_over, *without]))
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     print_report(graded, console)
     for names, why in ((passed_over, "not named NN_topic.ipynb"), (without, "no exercises to grade")):

@@ -28,14 +28,20 @@ import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+from PIL import Image
 
 from dsv3_mini.course.source import TRACKS, Cell, Lesson, blank, cell_ids, read_lesson
 from dsv3_mini.course.syllabus import syllabus
 from dsv3_mini.errors import UserError
+from dsv3_mini.files import write_text
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
+}
+NOTEBOOKS: dict[str, Callable[[Cell], str]] = {  # folder: what of a cell stands in its notebooks
+    "solutions": lambda cell: cell.source,
+    "lessons": lambda cell: blank(cell.source),
 }
 CELL_SECONDS = 120
 LARGEST = 600_000  # bytes of a notebook
@@ -51,7 +57,7 @@ def build(lesson: Lesson, root: Path, out: Path, track: str = TRACKS[-1]) -> lis
     """
     cells = [cell for cell in lesson.cells if cell.in_track(track)]
     written = []
-    for folder, text in (("solutions", lambda cell: cell.source), ("lessons", lambda cell: blank(cell.source))):
+    for folder, text in NOTEBOOKS.items():
         target = out / folder / f"{lesson.name}.ipynb"
         notebook = execute(unexecuted(cells, text), root / folder, f"{folder}/{lesson.name}.ipynb")
         keep_pictures(notebook, root / folder / target.name)
@@ -145,8 +151,6 @@ def keep_pictures(notebook: NotebookNode, before: Path) -> None:
 
 def same_picture(one: str, other: str) -> bool:
     """Whether two PNGs (base64) look alike."""
-    from PIL import Image
-
     a, b = (np.asarray(Image.open(io.BytesIO(base64.b64decode(x))).convert("L"), dtype=float) for x in (one, other))
     return a.shape == b.shape and float(np.abs(a - b).mean()) < SAME_PICTURE
 
@@ -158,14 +162,8 @@ def write(notebook: NotebookNode, target: Path) -> None:
         raise UserError(
             f"{target.name}: {len(text.encode()):,} bytes, {LARGEST:,} are allowed: make its pictures smaller"
         )
-    write_text(text, target)
-
-
-def write_text(text: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    write_text(target, text)
 
 
 def differences(built: Sequence[Path], out: Path, root: Path) -> list[str]:
@@ -214,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     p for paths in pool.map(_build, [(lesson, root, out, track) for lesson in chosen]) for p in paths
                 ]
             readme = out / "lessons" / "README.md"
-            write_text(syllabus(lessons if not options.track else chosen), readme)
+            write_text(readme, syllabus(lessons if not options.track else chosen))
             wrong = differences([*written, readme], out, root) if options.check else []
         for path in written:
             print(path.relative_to(out))

@@ -9,10 +9,8 @@ from typing import Any
 
 from IPython.display import Code, display
 
-from dsv3_mini.course.checks.framework import SECONDS, difference
+from dsv3_mini.course.checks.framework import SECONDS, TOLERANCE, difference
 from dsv3_mini.course.checks.guard import Problem, Unsolved, call
-
-TOLERANCE = 1e-5  # of the largest number: FP32 sums in another order
 
 
 def show_source(*objects: Any) -> None:

@@ -12,7 +12,6 @@ A run that is killed resumes from its last checkpoint and ends with the same wei
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from dsv3_mini.data.packing import inputs_and_targets
 from dsv3_mini.data.stream import TokenStream
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import CheckpointError, ConfigError, UserError
+from dsv3_mini.files import write_text
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
 from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
@@ -324,9 +324,7 @@ class RunLog:
         if file.exists():
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
-            temporary = file.with_suffix(".partial")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, file)
+            write_text(file, "".join(line + "\n" for line in kept))
 
     def __enter__(self) -> RunLog:
         self.handle = self.file.open("a", encoding="utf-8")
@@ -365,9 +363,7 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    temporary = file.with_suffix(".json.partial")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, json.dumps(values, indent=2) + "\n")
 
 
 def _crossed(before: int, after: int, every: int) -> bool:

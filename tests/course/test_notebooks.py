@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from dsv3_mini.course.build import LARGEST, sources, unexecuted
+from dsv3_mini.course.build import LARGEST, NOTEBOOKS, sources, unexecuted
 from dsv3_mini.course.checks.framework import exercises_of
 from dsv3_mini.course.source import BEGIN, Cell, Lesson, blank, read_lesson
 from dsv3_mini.course.syllabus import syllabus
@@ -18,15 +18,14 @@ from dsv3_mini.course.syllabus import syllabus
 ROOT = Path(__file__).parents[2]
 SOURCES = sources(ROOT)
 each_lesson = pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in SOURCES])
-TEXTS = {"solutions": lambda cell: cell.source, "lessons": lambda cell: blank(cell.source)}
 
 
 @each_lesson
-@pytest.mark.parametrize("folder", TEXTS)
+@pytest.mark.parametrize("folder", NOTEBOOKS)
 def test_a_notebook_is_its_source_and_was_run_whole(source: Path, folder: str) -> None:
     path = ROOT / folder / f"{source.stem}.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    wanted = unexecuted(read_lesson(source).cells, TEXTS[folder])
+    wanted = unexecuted(read_lesson(source).cells, NOTEBOOKS[folder])
     assert [(c.id, c.source) for c in notebook.cells] == [(c.id, c.source) for c in wanted.cells], "run make notebooks"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "a cell was never run"
@@ -77,5 +76,5 @@ def test_the_syllabus_is_of_these_lessons() -> None:
 
 
 def test_notebooks_and_sources_are_the_same_lessons() -> None:
-    for folder in TEXTS:
+    for folder in NOTEBOOKS:
         assert sorted(path.stem for path in (ROOT / folder).glob("*.ipynb")) == [path.stem for path in SOURCES]

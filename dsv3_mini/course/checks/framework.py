@@ -29,6 +29,7 @@ from torch import Tensor
 from dsv3_mini.course.checks.guard import Problem, Unsolved, call
 
 SECONDS = 5.0
+TOLERANCE = 1e-5  # of the largest number: FP32 sums in another order
 SEED = 20
 
 
@@ -108,7 +109,7 @@ class Exercise:
     cases: Sequence[Case]
     mistakes: Sequence[Mistake] = ()
     properties: Sequence[Property] = ()
-    tolerance: float = 1e-5
+    tolerance: float = TOLERANCE
     seconds: float = SECONDS
 
     def __call__(self, answer: Callable[..., Any]) -> None:
@@ -164,7 +165,7 @@ class Exercise:
                 like = mistake.wrong(*self._inputs(case, number))
             except Exception:
                 continue  # this mistake cannot be made with these inputs
-            if not difference(got, like, max(self.tolerance, 1e-5)):
+            if not difference(got, like, max(self.tolerance, TOLERANCE)):
                 return [mistake.hint]
         return []
 

@@ -50,11 +50,13 @@ class Explorer:
         self.picture.value = png(self.draw(**self.values))
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return with_picture(self.box, self.alt, self.picture.value)
+        return with_picture(self.box._repr_mimebundle_(), self.alt, self.picture.value)
 
 
-def with_picture(widget: ipywidgets.DOMWidget, alt: str, picture: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a notebook is given to show: the live widget, a PNG for pages without a kernel, a sentence for those without eyes."""
-    live = widget._repr_mimebundle_() or {}
-    data = dict(live[0] if isinstance(live, tuple) else live)
-    return data | {"text/plain": alt, "image/png": base64.b64encode(picture).decode()}, {}
+def with_picture(live: Any, alt: str, picture: bytes | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a notebook is given to show: a widget's live view (`live`, its own bundle), a PNG for pages without a kernel, a
+    sentence for those without eyes."""
+    data = dict(live[0] if isinstance(live, tuple) else live or {}) | {"text/plain": alt}
+    if picture is not None:
+        data["image/png"] = base64.b64encode(picture).decode()
+    return data, {}

@@ -7,7 +7,6 @@ picture and the still one agree.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,9 +17,11 @@ import anywidget
 import traitlets
 
 from dsv3_mini.errors import UserError
+from dsv3_mini.files import write_text
+from dsv3_mini.viz.figures import png
 from dsv3_mini.viz.figures.shapes import Move, Side, extent, ink, labels, places, shape_figure, trace
 from dsv3_mini.viz.style import COLOURS
-from dsv3_mini.viz.widgets.explorer import png
+from dsv3_mini.viz.widgets.explorer import with_picture
 
 MODULE = Path(__file__).with_name("shapes.js")
 EXPORT = "export default { render };\n"  # the module's last line; a page of its own calls `render` itself
@@ -141,9 +142,7 @@ class ShapeMicroscope(anywidget.AnyWidget):
         return png(shape_figure(self.move, title, self.colour, self.moved))
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        live = super()._repr_mimebundle_(**options) or {}
-        data = dict(live[0] if isinstance(live, tuple) else live)
-        return data | {"text/plain": self.alt, "image/png": self.png()}, {}
+        return with_picture(super()._repr_mimebundle_(**options), self.alt, self.png())
 
     def save_html(self, path: str | Path) -> Path:
         """Write the microscope as one page that needs nothing else: no kernel, no network. Returns the path."""
@@ -154,9 +153,7 @@ class ShapeMicroscope(anywidget.AnyWidget):
             module=MODULE.read_text(encoding="utf-8").removesuffix(EXPORT),
             state=json.dumps(state).replace("</", "<\\/"),
         )
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, page)
         return path
 
 

@@ -188,7 +188,7 @@ class LiveRun:
         self._running[name] = stepping  # only now: a generator that was interrupted cannot go on
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return with_picture(self.box, self.alt, self.picture.value)
+        return with_picture(self.box._repr_mimebundle_(), self.alt, self.picture.value)
 
 
 def first_run(

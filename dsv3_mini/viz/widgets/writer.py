@@ -6,9 +6,7 @@ back, hover over a token, and give another opening.
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -24,12 +22,14 @@ from torch import Tensor
 
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
+from dsv3_mini.files import write_text
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.generate import choose
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.router import Routing
 from dsv3_mini.viz.figures import png
 from dsv3_mini.viz.figures.routing import GATE_MAP, visit_figure
+from dsv3_mini.viz.widgets.explorer import with_picture
 
 MODULE = Path(__file__).with_suffix(".js")
 SHADES = 32  # of the gate colours
@@ -202,9 +202,7 @@ class Writer(anywidget.AnyWidget):
         state = {name: getattr(self, name) for name in ("steps", "writing", "run", "cursor", "note", "shape", "ramp")}
         module = MODULE.read_text(encoding="utf-8").replace("export default { render };", "")
         data = json.dumps(state).replace("<", "\\u003c")  # no token can end the script
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(PAGE.replace("@MODULE@", module).replace("@STATE@", data), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, PAGE.replace("@MODULE@", module).replace("@STATE@", data))
         return path
 
     def _asked(self, _: Any, content: Any, buffers: Any) -> None:
@@ -216,11 +214,8 @@ class Writer(anywidget.AnyWidget):
                 self.note = str(error)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        live = super()._repr_mimebundle_(**kwargs) or {}
-        data = dict(live[0] if isinstance(live, tuple) else live) | {"text/plain": self.alt}
-        if self.steps:
-            data["image/png"] = base64.b64encode(png(self.figure())).decode()
-        return data, {}
+        picture = png(self.figure()) if self.steps else None
+        return with_picture(super()._repr_mimebundle_(**kwargs), self.alt, picture)
 
 
 PAGE = """<!doctype html>
