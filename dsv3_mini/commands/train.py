@@ -64,12 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    cfg, recipe = read_config(args), read_recipe(args)
+    require_device(args.device)
+    require_memory(cfg, args.device)
     if args.processes > 1 and not torch.distributed.is_torchelastic_launched():
         return start_processes(args.processes)
     with cpu_threads(args.threads):
         replicas = Replicas.from_environment()
         try:
-            return train(args, replicas)
+            return train(args, cfg, recipe, replicas)
         finally:
             replicas.leave()
 
@@ -80,10 +83,7 @@ def start_processes(count: int) -> int:
     return subprocess.run([*command, "-m", "dsv3_mini.cli", *sys.argv[1:]]).returncode
 
 
-def train(args: argparse.Namespace, replicas: Replicas) -> int:
-    cfg, recipe = read_config(args), read_recipe(args)
-    require_device(args.device)
-    require_memory(cfg, args.device)
+def train(args: argparse.Namespace, cfg: ModelConfig, recipe: Recipe, replicas: Replicas) -> int:
     tokenizer = Tokenizer.shipped() if args.tokenizer is None else Tokenizer.load(args.tokenizer)
     if args.config and args.out is None:
         raise ConfigError("--out is missing: a run of --config has no name of its own, give its folder")
