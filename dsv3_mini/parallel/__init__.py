@@ -1,0 +1,1 @@
+"""A model on many processes and machines."""
