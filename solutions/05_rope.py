@@ -440,7 +440,9 @@ before = explorer.picture.value
 explorer.set(theta=100.0)
 assert explorer.picture.value != before
 slowest = 2 * torch.pi / frequencies(tiny.replace(qk_rope_head_dim=64, rope_theta=100.0))[-1]
-print(f"with theta = 100 even the slowest comes round, after {slowest:.0f} tokens: far places look like near ones")
+print(
+    f"with theta = 100 even the slowest comes round after {slowest:.0f} tokens; farther away no pair alone tells how far"
+)
 
 # %% [markdown]
 # The width changes the far end a little, for the last exponent comes closer to 1. Above all it gives the ruler more

@@ -389,6 +389,8 @@ else:
 # | MTP's input | state, then embedding | embedding, then state; and a norm of its own before the head |
 # | first weights | standard deviation 0.006 | `config.json` says 0.02 |
 #
+# (What training has to do otherwise than one might read it, the balance loss and the rule for the bias, is lesson 09's.)
+#
 # Some can be seen on a few numbers, here; the others are run on a whole model, in the experiment below. First the rank
 # of groups: four experts in two groups, of which the first is overloaded, so that its biases are low. Report and code
 # choose different groups.
@@ -607,8 +609,8 @@ print(f"routed in {len(out.routing)} layers, MTP's counted; experts of a token:"
 #
 # The ledger as a map: areas are numbers of parameters. Look at *all* of them first, then at those *at work for one
 # token*: a token visits 8 of 256 experts in each layer, and the map changes its face. Choose *by layer* and find the
-# three dense layers. Then walk down to `tiny`, in which embedding and head are a large share: a vocabulary does not
-# shrink with the model.
+# three dense layers (bare numbers are those of layers). Then walk down to `tiny`, in which embedding and head are a
+# large share: a vocabulary does not shrink with the model.
 
 # %%
 from dsv3_mini.viz.figures.whole_model import COUNTED, tiles

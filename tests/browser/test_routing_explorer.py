@@ -19,7 +19,7 @@ from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.viz.widgets.routing_explorer import MODULE, RoutingExplorer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page
+    from playwright.sync_api import BrowserContext, CDPSession, Page
 
 pytestmark = pytest.mark.browser
 FRAME = 1000 / 30  # milliseconds
@@ -206,28 +206,59 @@ def test_a_step_is_shown_within_the_bar(saved: Page) -> None:
     assert min(took) < 300, took
 
 
+def busy_seconds(session: CDPSession) -> float:
+    """Processor time of the page's thread so far: what other processes take does not count."""
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
+
+def frames_of_an_empty_page(context: BrowserContext) -> float:
+    """Frames a second that this machine has to give at the moment."""
+    page = context.new_page()
+    count = page.evaluate("""() => new Promise((done) => {
+        const start = performance.now();
+        let frames = 0;
+        const act = (now) => (now - start < 1500 ? (frames++, requestAnimationFrame(act)) : done(frames / 1.5));
+        requestAnimationFrame(act);
+    })""")
+    page.close()
+    return count
+
+
 @pytest.mark.parametrize("pace", ["slow", "fast"])
-def test_it_plays_at_thirty_frames_a_second(saved: Page, pace: str) -> None:
-    """At any pace: between two tokens the playhead and the halos move. The best of three, for the processor is shared."""
-    rates: list[float] = []
+def test_it_plays_at_thirty_frames_a_second(saved: Page, browser_context: BrowserContext, pace: str) -> None:
+    """At any pace: between two tokens the playhead and the halos move.
+
+    The best of three runs counts. Where other processes take so much that an empty page does not get its sixty frames
+    either, what counts is the processor time of a frame: half of a thirtieth of a second at most.
+    """
+    session = browser_context.new_cdp_session(saved)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    rates, loads = [], []
     for _ in range(3):
         saved.select_option("select.pace", "steady")
         saved.select_option("select.pace", pace)  # plays
         saved.wait_for_timeout(200)
-        saved.evaluate("paintings.length = costs.length = 0")
         first = picture(saved)
+        saved.evaluate("paintings.length = costs.length = 0")
+        before = busy_seconds(session)
         saved.wait_for_timeout(2000)
+        spent = busy_seconds(session) - before
         times, costs = saved.evaluate("[paintings, costs]")
         assert picture(saved) != first
-        rates.append(1000 * (len(times) - 1) / (times[-1] - times[0]))
         assert sorted(costs)[len(costs) // 2] < FRAME, "a painting takes longer than its frame"
         saved.click(".play")
+        rates.append(1000 * (len(times) - 1) / (times[-1] - times[0]))
+        loads.append(1000 * spent / len(times))
         if rates[-1] >= 30:
             break
         saved.focus("canvas")
         saved.keyboard.press("Home")
-    print(f"{pace}: {max(rates):.0f} frames a second, {sorted(costs)[len(costs) // 2]:.1f} ms each")
-    assert max(rates) >= 30, rates
+    empty = 60.0 if max(rates) >= 30 else frames_of_an_empty_page(browser_context)
+    print(
+        f"{pace}: {max(rates):.0f} frames a second, {min(loads):.1f} ms of processor each (an empty page: {empty:.0f})"
+    )
+    assert max(rates) >= 30 or (empty < 50 and min(loads) < FRAME / 2), (rates, loads, empty)
 
 
 def test_playing_reaches_the_end_and_visits_every_token(saved: Page, explorer: RoutingExplorer) -> None:

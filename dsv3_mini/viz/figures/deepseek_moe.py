@@ -118,7 +118,8 @@ def race_figure(
         for name, values in losses.items():
             points = smooth(values, SMOOTHED)
             curves.plot(range(1, len(points) + 1), points, color=colours[name], label=name, linewidth=2)
-        curves.set(title="In training", xlabel="step", ylabel="loss (bits per byte)")
+        early = losses[dense][len(losses[dense]) // 4]  # the first steep part would hide the rest
+        curves.set(title="In training", xlabel="step", ylabel="loss (bits per byte)", ylim=(None, early))
         for place, name in enumerate(others):
             gains = [held_out[dense][domain] - held_out[name][domain] for domain in domains]
             offset = (place - (len(others) - 1) / 2) * 0.25

@@ -34,7 +34,7 @@ def clocks_figure(frequencies: Sequence[float], pairs: Sequence[int], positions:
         figure = Figure(figsize=(0.7 * len(positions) + 1.8, 0.7 * len(pairs) + 0.9))
         axes = figure.subplots()
         axes.set(xlim=(-2.5, len(positions) - 0.4), ylim=(0.5 - len(pairs), 1.0), aspect="equal")
-        axes.set_title("Each pair of dimensions is a hand that turns at its own speed")
+        axes.set_title("Each pair is a hand that turns at its own speed")
         axes.axis("off")
         axes.text(-2.5, 0.65, "position", va="center", color=QUIET)
         for column, position in enumerate(positions):
@@ -210,5 +210,5 @@ def _all_pairs(axes: Axes, frequencies: Sequence[float], context: int) -> None:
     axes.set(xscale="log", xlabel="distance (tokens)", ylabel="mean cosine", ylim=(-1.1, 1.1))
     within = {place: name for place, name in DECADES.items() if 1 <= place <= context}
     axes.set_xticks(list(within), list(within.values()))
-    axes.set_title("All pairs: the score of a key equal to the query", fontsize=12, fontweight="normal")
+    axes.set_title("All pairs: a key equal to the query", fontsize=12, fontweight="normal")
     axes.minorticks_off()

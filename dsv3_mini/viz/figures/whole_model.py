@@ -326,9 +326,7 @@ def visibility_figure(changes: Mapping[str, Mapping[str, float]], tolerance: flo
         axes.grid(axis="y", color="#E5E5E5")
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=len(changes), title="weights")
-        missed = ", ".join(f"{count} on {model} weights" for model, count in hidden.items())
-        figure.suptitle(
-            f"Of {len(mistakes)} mistakes a comparison misses {missed}",
-            fontsize=14, fontweight="bold", x=0.01, ha="left",
-        )  # fmt: skip
+        missed = ", ".join(f"{count} on {model}" for model, count in hidden.items())
+        title = f"Of {len(mistakes)} mistakes a comparison misses {missed} weights"
+        figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
     return figure

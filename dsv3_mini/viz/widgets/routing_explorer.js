@@ -21,8 +21,9 @@ const STYLE = `
 .dsv3-routing .text.looking span.visits { color: black; box-shadow: inset 0 -4px #CC79A7; }
 .dsv3-routing .text span.here, .dsv3-routing .text.looking span.here { background: black !important; color: white; }
 .dsv3-routing .text span.peek { outline: 2px solid black; }
-.dsv3-routing canvas { display: block; width: 100%; height: auto; }
+.dsv3-routing canvas { display: block; width: 100%; height: auto; margin-top: 8px; }
 .dsv3-routing .key { margin: 6px 0 0; color: #5F5F5F; }
+.dsv3-routing .key span { white-space: nowrap; }
 .dsv3-routing .key i { display: inline-block; width: 12px; height: 12px; margin: 0 4px 0 10px; vertical-align: -1px; }
 .dsv3-routing .said { min-height: 4.5em; margin: 2px 0 0; }
 .dsv3-routing .note { color: #A34700; margin: 0 0 6px; }
@@ -91,7 +92,9 @@ function render({ model, el }) {
   const canvas = make("canvas", { role: "img", tabindex: 0, "aria-label": "The marked token's experts in every layer, and one layer's experts for all tokens. Arrow keys: left and right for tokens, up and down for layers; space plays." });
   const key = make("p", { class: "key" }, "A tile's colour is the gate value, light to dark. Bars and tints: whom the experts serve.");
   for (const [name, colour] of domains) {
-    key.append(make("i", { style: `background: ${colour}` }), name);
+    const entry = make("span");
+    entry.append(make("i", { style: `background: ${colour}` }), name);
+    key.append(entry, " ");
   }
   const said = make("p", { class: "said" });
   const note = make("p", { class: "note", role: "alert" });

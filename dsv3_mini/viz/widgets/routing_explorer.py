@@ -35,7 +35,7 @@ from dsv3_mini.viz.widgets.explorer import with_picture
 
 MODULE = Path(__file__).with_suffix(".js")
 SHADES = 32  # of the gate colours
-SAMPLE_TOKENS = 200  # of each domain's sample, at most
+SAMPLE_TOKENS = 128  # of each domain's sample, at most
 REFERENCE_ROWS, REFERENCE_TOKENS = 8, 255  # of each domain: what the experts' profile is measured on
 OFTEN, SEEN = 5, 8  # tokens named for an expert; a token must have been seen about so often to count
 NAMES = {"stories": "a story", "sums": "a sum", "code": "code", "prose": "prose"}
