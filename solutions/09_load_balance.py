@@ -322,8 +322,8 @@ for name in ("left alone", "loss over sequences", "loss over the batch"):
     print(f"{name:20} a higher loss than with biases for {worse} of {len(SEEDS)} seeds")
 
 # %% [markdown]
-# That is the report's finding, at a size a million times smaller: the loss over sequences costs something, and between
-# biases and a loss over the batch there is no winner. One thing is not there: a gain over the run left alone. Its idle
+# That is the report's finding, at a tiny part of its size: the loss over sequences costs something, and between biases
+# and a loss over the batch there is no winner. One thing is not there: a gain over the run left alone. Its idle
 # experts are lost parameters, but in a model of this size and after this little text they are hardly missed. What it
 # would pay on a cluster, where everybody waits for the busiest expert, a loss does not show.
 #
@@ -366,7 +366,7 @@ print("with biases the two domains' loads are farther apart:", apart["biases"] >
 from dsv3_mini.viz.widgets.load_balance import LoadBalancePlayer
 
 player = LoadBalancePlayer()
-player.set(gamma=0.001)
+player.set(gamma=0.001, layer=2)
 player
 
 # %%
@@ -377,7 +377,7 @@ player.set(gamma=0.01)
 assert png(player.figure()) != before
 print("at the end, a gamma ten times as large has the load more even:", player.max_vio < slow)
 player.set(frame=3)
-print(f"at step 8 it is not even yet: MaxVio is larger there than at the end: {player.max_vio > 0.4}")
+print("at step 8, before the biases have come far, MaxVio is above 0.4:", player.max_vio > 0.4)
 
 # %% [markdown]
 # Four things to look for:
@@ -385,8 +385,8 @@ print(f"at step 8 it is not even yet: MaxVio is larger there than at the end: {p
 # - A small gamma: the biases are straight lines that never bend. What do the loads do meanwhile?
 # - A large gamma: watch one expert frame by frame, at the slowest pace.
 # - Gamma 0 and a large alpha: no bias moves, and the strip is even. Then read the loss.
-# - A large gamma *and* a large alpha: less even than the alpha alone. The loss has pulled all scores together, so that
-#   one move of a bias overturns many more choices.
+# - A large gamma *and* a large alpha: less even than the alpha alone. What does the loss do to the differences between
+#   scores, and how large is a move of a bias then?
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 4 · Tune gamma

@@ -204,6 +204,8 @@ function render({ model, el }) {
     pen.textAlign = "left";
     pen.font = `13px ${SANS}`;
     pen.fillText(`Layer ${dense + layer}: which experts (rows) each token (columns) visits`, LEFT, layout.top - 10);
+    pen.textAlign = "right";
+    pen.fillText(`${PACES[pace.value]} tokens a second`, WIDE, layout.top - 10);
     pen.drawImage(sheet, 0, layout.top, WIDE, experts * layout.lane);
     if (look && look.row === layer) {
       pen.lineWidth = 2;
