@@ -53,6 +53,13 @@ def button(page: Page) -> str:
     return page.inner_text(".play")
 
 
+def stopped(page: Page) -> int:
+    """Where the film stands once the button says that it does: a frame that was already due may still be drawn before."""
+    page.wait_for_function("!document.querySelector('.play').textContent.includes('pause')")
+    page.evaluate(NEXT_FRAME)
+    return shown(page)
+
+
 def said(page: Page) -> str:
     page.evaluate(NEXT_FRAME)
     return page.inner_text(".said")
@@ -177,7 +184,7 @@ def test_it_plays_at_thirty_frames_a_second(page: Page) -> None:
     costs = sorted(page.evaluate("costs"))
     assert len(costs) >= len(set(frames)) - 2 and costs[len(costs) // 2] < 1000 / 30 / 2
     page.click(".play")
-    stands = shown(page)
+    stands = stopped(page)
     page.wait_for_timeout(300)
     assert shown(page) == stands and "play" in button(page)
 
@@ -208,7 +215,7 @@ def test_it_works_from_the_keyboard(page: Page) -> None:
     page.keyboard.press("Space")
     page.wait_for_function("Number(document.querySelector('.dsv3-player').dataset.frame) > 5")
     page.keyboard.press("Space")
-    stands = shown(page)
+    stands = stopped(page)
     page.wait_for_timeout(200)
     assert shown(page) == stands > 5
     page.locator(".play").press("Enter")
