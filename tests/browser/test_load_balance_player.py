@@ -219,7 +219,7 @@ def test_it_works_from_the_keyboard(page: Page) -> None:
     page.wait_for_timeout(200)
     assert shown(page) == stands > 5
     page.locator(".play").press("Enter")
-    assert "pause" in button(page)
+    page.wait_for_function("document.querySelector('.play').textContent.includes('pause')")
     page.locator(".play").press("Enter")
     assert page.evaluate("heard") == [], "no key leaves the player: JupyterLab would take it"
 
