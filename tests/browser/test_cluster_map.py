@@ -14,7 +14,8 @@ from dsv3_mini.model.router import limit_to_groups
 from dsv3_mini.parallel.traffic import Cluster
 from dsv3_mini.viz.figures import cluster_map as figures
 from dsv3_mini.viz.figures.cluster_map import layout, path
-from dsv3_mini.viz.widgets.cluster_map import EXPORT, MODULE, STATE, ClusterMap
+from dsv3_mini.viz.widgets.cluster_map import MODULE, STATE, ClusterMap
+from dsv3_mini.viz.widgets.page import EXPORT
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page

@@ -23,7 +23,6 @@ from dsv3_mini.viz.figures.load_balance import Curve, player_figure, race_figure
 from dsv3_mini.viz.style import COLOURS, LOAD_MAP
 from dsv3_mini.viz.widgets import load_balance as widgets
 from dsv3_mini.viz.widgets.load_balance import (
-    EXPORT,
     MODULE,
     SHADES,
     WINDOW,
@@ -33,6 +32,7 @@ from dsv3_mini.viz.widgets.load_balance import (
     curve_of_frames,
     loss_range,
 )
+from dsv3_mini.viz.widgets.page import EXPORT
 
 EXPERTS, FRAMES = 4, 6
 

@@ -27,8 +27,9 @@ from dsv3_mini.viz.figures.node_limited import (
     price_figure,
     rank_figure,
 )
-from dsv3_mini.viz.widgets.cluster_map import EXPORT, MODULE, ClusterMap
+from dsv3_mini.viz.widgets.cluster_map import MODULE, ClusterMap
 from dsv3_mini.viz.widgets.node_limited import capacity_explorer, dropped_and_empty
+from dsv3_mini.viz.widgets.page import EXPORT
 
 SMALL, RELEASED = Cluster(nodes=4, gpus=2, experts=2), Cluster(nodes=8, gpus=8, experts=4)
 WORDS = ["One", " rainy", " morning", ",", " Nora", " was", " out", ".\n"]

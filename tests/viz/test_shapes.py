@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from dsv3_mini.errors import UserError
 from dsv3_mini.viz.figures.shapes import MOST, extent, ink, labels, operation_of, places, shape_figure, trace
 from dsv3_mini.viz.style import COLOURS
-from dsv3_mini.viz.widgets.shapes import EXPORT, MODULE, SPECIMENS, ShapeMicroscope, Specimen
+from dsv3_mini.viz.widgets.page import EXPORT
+from dsv3_mini.viz.widgets.shapes import MODULE, SPECIMENS, ShapeMicroscope, Specimen
 
 # The same moves by numpy's reshape and transpose, without a pattern. `z` is a specimen's lengths.
 BY_NUMPY: dict[str, Callable[[np.ndarray, dict[str, int]], np.ndarray]] = {

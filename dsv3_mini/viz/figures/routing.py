@@ -85,7 +85,7 @@ def visit_figure(
         following: the likeliest next tokens with their probabilities.
         largest: the gate value that has the darkest colour; None: the largest here.
     """
-    places = _places(words)
+    places = token_places(words)
     n_lines, n_layers = places[-1][0] + 1, chosen.shape[0]
     text_height, stage_height = 0.21 * n_lines + 0.15, 0.5 * (n_layers + 2) + 0.35
     height = 0.5 + text_height + stage_height
@@ -112,7 +112,7 @@ def visible(word: str) -> str:
     return word.replace("\n", "¶")
 
 
-def _places(words: Sequence[str]) -> list[tuple[int, int]]:
+def token_places(words: Sequence[str]) -> list[tuple[int, int]]:
     """Line and column of each token in lines of `COLUMNS` characters; a line break ends a line."""
     line = column = 0
     places = []

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from dsv3_mini.viz.figures.routing import COLUMNS, EDGE, GATE_MAP, IDLE, QUIET, _places, visible
+from dsv3_mini.viz.figures.routing import COLUMNS, EDGE, GATE_MAP, IDLE, QUIET, token_places, visible
 from dsv3_mini.viz.style import COLOURS, DOMAIN_COLOURS, house_style
 
 MARK, LINK = "black", COLOURS[4]  # the token where one stands; the expert that one looks at: no domain has these
@@ -75,7 +75,7 @@ def explorer_figure(
         at: the marked token. row: the sparse layer (counted from 0) that tints the text and that is shown for all tokens.
         dense: how many dense layers stand below. expert: the one that is outlined, in that layer.
     """
-    places = _places(routed.words)
+    places = token_places(routed.words)
     n_layers, n_experts = profile.shares.shape[:2]
     heights = (0.55, 0.21 * (places[-1][0] + 1) + 0.15, 0.62 * n_layers + 0.1, 0.11 * n_experts + 0.95)
     height = sum(heights)

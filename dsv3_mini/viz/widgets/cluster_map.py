@@ -6,10 +6,8 @@ so that nothing is asked of Python while one plays, steps or points.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsv3_mini.errors import UserError
-from dsv3_mini.files import write_text
 from dsv3_mini.parallel.traffic import INSIDE_SPEED, NETWORK_SPEED, Cluster, Journey, journey
 from dsv3_mini.viz.figures import cluster_map as figures
 from dsv3_mini.viz.figures import png
 from dsv3_mini.viz.figures.cluster_map import View, cluster_figure, layout
 from dsv3_mini.viz.figures.routing import visible
 from dsv3_mini.viz.widgets.explorer import with_picture
+from dsv3_mini.viz.widgets.page import save_page
 
 MODULE = Path(__file__).with_suffix(".js")
-EXPORT = "export default { render };\n"  # the module's last line; a page of its own calls `render` itself
 ONCE_PER = ("node", "expert")
 STATE = ("scene", "words", "home", "limits", "chosen", "journeys", "token", "limit", "once_per")
 
@@ -169,14 +166,8 @@ class ClusterMap(anywidget.AnyWidget):
 
     def save_html(self, path: str | Path) -> Path:
         """Write the map as one page that needs nothing else: no kernel, no network. Returns the path."""
-        path = Path(path)
-        page = PAGE.format(
-            alt=escape(self.alt, quote=True),
-            module=MODULE.read_text(encoding="utf-8").removesuffix(EXPORT),
-            state=json.dumps({name: getattr(self, name) for name in STATE}).replace("<", "\\u003c"),
-        )
-        write_text(path, page)
-        return path
+        state = {name: getattr(self, name) for name in STATE}
+        return save_page(path, MODULE, "Cluster map", self.alt, state)
 
 
 def scene(cluster: Cluster) -> dict[str, Any]:
@@ -205,24 +196,3 @@ def scene(cluster: Cluster) -> dict[str, Any]:
             "idle": figures.IDLE, "line": figures.LINE, "quiet": figures.QUIET,
         },
     }  # fmt: skip
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Cluster map</title></head>
-<body style="margin:16px;background:white">
-<div id="map"></div>
-<noscript>{alt}</noscript>
-<script type="module">
-{module}
-const state = {state};
-const model = {{
-  get: (name) => state[name],
-  set: (name, value) => (state[name] = value),
-  save_changes() {{}}, on() {{}}, off() {{}},
-}};
-render({{ model, el: document.getElementById("map") }});
-</script>
-</body>
-</html>
-"""

@@ -6,9 +6,7 @@ Python nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -38,15 +36,14 @@ from dsv3_mini.course.balance_runs import (
     violations,
 )
 from dsv3_mini.errors import UserError
-from dsv3_mini.files import write_text
 from dsv3_mini.viz.figures import png
 from dsv3_mini.viz.figures.load_balance import Curve, player_figure, race_figure
 from dsv3_mini.viz.style import COLOURS, LOAD_MAP
 from dsv3_mini.viz.widgets.explorer import with_picture
+from dsv3_mini.viz.widgets.page import save_page
 from dsv3_mini.viz.widgets.transformer import LiveRun
 
 MODULE = Path(__file__).with_suffix(".js")
-EXPORT = "export default { render };\n"  # the module's last line; a page of its own calls `render` itself
 SHADES = 64  # of the load colours
 
 # ---- the player --------------------------------------------------------------------------------------------------------
@@ -141,43 +138,17 @@ class LoadBalancePlayer(anywidget.AnyWidget):
 
     def save_html(self, path: str | Path) -> Path:
         """Write the player as one page that needs nothing else: no kernel, no network. Returns the path."""
-        path = Path(path)
-        names = ("films", "facts", "colours", "ramp", "gamma_at", "alpha_at", "layer_at", "frame")
-        state = json.dumps({name: getattr(self, name) for name in names}).replace("<", "\\u003c")
-        module = MODULE.read_text(encoding="utf-8").removesuffix(EXPORT)
-        page = PAGE.replace("@ALT@", escape(self.alt, quote=True)).replace("@MODULE@", module)
-        write_text(path, page.replace("@STATE@", state))
-        return path
+        state = {
+            name: getattr(self, name)
+            for name in ("films", "facts", "colours", "ramp", "gamma_at", "alpha_at", "layer_at", "frame")
+        }
+        return save_page(path, MODULE, "Load balance player", self.alt, state)
 
 
 def loss_range(films: Sequence[Film]) -> tuple[float, float]:
     """An axis that holds the losses of all films, so that two of them can be compared."""
     losses = torch.cat([film.loss for film in films])
     return round(float(losses.min()) - 0.1, 1), round(float(losses.max()) + 0.1, 1)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Load balance player</title></head>
-<body style="margin: 16px; background: white">
-<div id="player"></div>
-<noscript>@ALT@</noscript>
-<script type="module">
-@MODULE@
-const state = @STATE@;
-const listeners = {};
-const model = {
-  get: (name) => state[name],
-  set: (name, value) => { state[name] = value; (listeners["change:" + name] ?? []).forEach((call) => call()); },
-  save_changes() {},
-  on: (event, call) => (listeners[event] ??= []).push(call),
-  off() {},
-};
-render({ model, el: document.getElementById("player") });
-</script>
-</body>
-</html>
-"""
 
 
 # ---- the race ----------------------------------------------------------------------------------------------------------

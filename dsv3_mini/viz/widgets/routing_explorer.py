@@ -7,7 +7,6 @@ which reads one token further, is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,18 @@ from dsv3_mini.data.corpora import DOMAINS
 from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
-from dsv3_mini.files import write_text
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.viz.figures import png
 from dsv3_mini.viz.figures.routing import GATE_MAP
 from dsv3_mini.viz.figures.routing_explorer import Profile, Routed, explorer_figure, tints
 from dsv3_mini.viz.style import COLOURS, DOMAIN_COLOURS
 from dsv3_mini.viz.widgets.explorer import with_picture
+from dsv3_mini.viz.widgets.page import save_page
 
 MODULE = Path(__file__).with_suffix(".js")
+STATE = (
+    "samples", "typed", "shares", "often", "domains", "shape", "ramp", "text", "token", "layer", "expert", "note",
+)  # fmt: skip
 SHADES = 32  # of the gate colours
 SAMPLE_TOKENS = 128  # of each domain's sample, at most
 REFERENCE_ROWS, REFERENCE_TOKENS = 8, 255  # of each domain: what the experts' profile is measured on
@@ -265,25 +267,8 @@ class RoutingExplorer(anywidget.AnyWidget):
 
     def save_html(self, path: str | Path) -> Path:
         """Write one file in which these texts can be explored in any browser, without Python and without a network."""
-        path = Path(path)
-        names = (
-            "samples",
-            "typed",
-            "shares",
-            "often",
-            "domains",
-            "shape",
-            "ramp",
-            "text",
-            "token",
-            "layer",
-            "expert",
-            "note",
-        )
-        module = MODULE.read_text(encoding="utf-8").replace("export default { render };", "")
-        state = json.dumps({name: getattr(self, name) for name in names}).replace("<", "\\u003c")  # ends no script
-        write_text(path, PAGE.replace("@MODULE@", module).replace("@STATE@", state))
-        return path
+        state = {name: getattr(self, name) for name in STATE}
+        return save_page(path, MODULE, "Which experts a text visits", self.alt, state, max_width="860px")
 
     def _asked(self, _: Any, content: Any, buffers: Any) -> None:
         """The page has another text. An error in here would show nowhere, so that it becomes the note."""
@@ -310,19 +295,3 @@ def _sent(name: str, routed: Routed, profile: Profile) -> dict[str, Any]:
             for rows in zip(domain.tolist(), strength.tolist(), strict=True)
         ],
     }
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Which experts a text visits</title>
-<body style="margin: 24px; background: white">
-<div id="explorer" style="max-width: 860px"></div>
-<script type="module">
-@MODULE@
-const state = @STATE@;
-const model = { get: (name) => state[name], set: (name, value) => (state[name] = value), save_changes() {}, on() {}, off() {} };
-render({ model, el: document.getElementById("explorer") });
-</script>
-</html>
-"""

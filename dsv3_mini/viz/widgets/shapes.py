@@ -6,10 +6,8 @@ picture and the still one agree.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,13 @@ import anywidget
 import traitlets
 
 from dsv3_mini.errors import UserError
-from dsv3_mini.files import write_text
 from dsv3_mini.viz.figures import png
 from dsv3_mini.viz.figures.shapes import Move, Side, extent, ink, labels, places, shape_figure, trace
 from dsv3_mini.viz.style import COLOURS
 from dsv3_mini.viz.widgets.explorer import with_picture
+from dsv3_mini.viz.widgets.page import save_page
 
 MODULE = Path(__file__).with_name("shapes.js")
-EXPORT = "export default { render };\n"  # the module's last line; a page of its own calls `render` itself
 
 
 @dataclass(frozen=True)
@@ -146,15 +143,8 @@ class ShapeMicroscope(anywidget.AnyWidget):
 
     def save_html(self, path: str | Path) -> Path:
         """Write the microscope as one page that needs nothing else: no kernel, no network. Returns the path."""
-        path = Path(path)
         state = {name: getattr(self, name) for name in ("scenes", "palette", "chosen", "colour", "moved")}
-        page = PAGE.format(
-            alt=escape(self.alt, quote=True),
-            module=MODULE.read_text(encoding="utf-8").removesuffix(EXPORT),
-            state=json.dumps(state).replace("</", "<\\/"),
-        )
-        write_text(path, page)
-        return path
+        return save_page(path, MODULE, "Shape microscope", self.alt, state)
 
 
 def scene(specimen: Specimen) -> dict[str, Any]:
@@ -183,31 +173,3 @@ def _array(side: Side) -> dict[str, Any]:
 
 def _lengths(side: Side) -> str:
     return f"[{' '.join(f'{name}={length}' for name, length in zip(side.names, side.lengths, strict=True))}]"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Shape microscope</title></head>
-<body style="margin:16px;background:white">
-<div id="microscope"></div>
-<noscript>{alt}</noscript>
-<script type="module">
-{module}
-const state = {state};
-const listeners = [];
-const model = {{
-  get: (name) => state[name],
-  set: (name, value) => {{
-    if (state[name] === value) return;
-    state[name] = value;
-    listeners.filter(([event]) => event === `change:${{name}}`).forEach(([, call]) => call());
-  }},
-  save_changes: () => {{}},
-  on: (event, call) => listeners.push([event, call]),
-  off: () => {{}},
-}};
-render({{ model, el: document.getElementById("microscope") }});
-</script>
-</body>
-</html>
-"""

@@ -6,7 +6,6 @@ back, hover over a token, and give another opening.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
-from dsv3_mini.files import write_text
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.generate import choose
 from dsv3_mini.model import DeepSeekV3
@@ -30,6 +28,7 @@ from dsv3_mini.model.router import Routing
 from dsv3_mini.viz.figures import png
 from dsv3_mini.viz.figures.routing import GATE_MAP, visit_figure
 from dsv3_mini.viz.widgets.explorer import with_picture
+from dsv3_mini.viz.widgets.page import save_page
 
 MODULE = Path(__file__).with_suffix(".js")
 SHADES = 32  # of the gate colours
@@ -198,12 +197,8 @@ class Writer(anywidget.AnyWidget):
 
     def save_html(self, path: str | Path) -> Path:
         """Write one file that plays this text in any browser, without Python and without a network. Returns the path."""
-        path = Path(path)
         state = {name: getattr(self, name) for name in ("steps", "writing", "run", "cursor", "note", "shape", "ramp")}
-        module = MODULE.read_text(encoding="utf-8").replace("export default { render };", "")
-        data = json.dumps(state).replace("<", "\\u003c")  # no token can end the script
-        write_text(path, PAGE.replace("@MODULE@", module).replace("@STATE@", data))
-        return path
+        return save_page(path, MODULE, "A model writes, and its experts light up", self.alt, state, max_width="860px")
 
     def _asked(self, _: Any, content: Any, buffers: Any) -> None:
         """The page asks for another text. An error in here would show nowhere, so that it becomes the note."""
@@ -216,19 +211,3 @@ class Writer(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         picture = png(self.figure()) if self.steps else None
         return with_picture(super()._repr_mimebundle_(**kwargs), self.alt, picture)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>A model writes, and its experts light up</title>
-<body style="margin: 24px; background: white">
-<div id="writer" style="max-width: 860px"></div>
-<script type="module">
-@MODULE@
-const state = @STATE@;
-const model = { get: (name) => state[name], set: (name, value) => (state[name] = value), save_changes() {}, on() {}, off() {} };
-render({ model, el: document.getElementById("writer") });
-</script>
-</html>
-"""
