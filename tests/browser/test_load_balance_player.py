@@ -56,7 +56,6 @@ def button(page: Page) -> str:
 def stopped(page: Page) -> int:
     """Where the film stands once the button says that it does: a frame that was already due may still be drawn before."""
     page.wait_for_function("!document.querySelector('.play').textContent.includes('pause')")
-    page.evaluate(NEXT_FRAME)
     return shown(page)
 
 

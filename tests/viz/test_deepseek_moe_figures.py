@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from explorers import assert_every_control_moves_the_picture_and_back
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -78,13 +79,7 @@ def test_the_race_shows_what_is_saved_against_dense() -> None:
 
 
 def test_every_control_of_the_gate_explorer_moves_the_picture_and_back() -> None:
-    explorer = gate_explorer()
-    first, start = explorer.picture.value, explorer.values
-    for name, value in {"pulled": 3.0, "shift": 2.0, "k": 5}.items():
-        explorer.set(**{name: value})
-        assert explorer.picture.value != first, name
-        explorer.set(**{name: start[name]})
-        assert explorer.picture.value == first, name
+    assert_every_control_moves_the_picture_and_back(gate_explorer(), {"pulled": 3.0, "shift": 2.0, "k": 5})
 
 
 def test_the_pulled_logit_is_the_one_that_moves() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.colors
 import numpy as np
 import pytest
+from explorers import assert_every_control_moves_the_picture_and_back
 from matplotlib.figure import Figure
 
 from dsv3_mini.bench.decode import Seconds
@@ -142,15 +143,8 @@ def test_words_are_large_enough() -> None:
 
 
 def test_every_control_moves_the_picture_and_back() -> None:
-    explorer = roofline_explorer()
     moves = {"batch": 64, "context": 131_072, "way": "rebuilt", "new": 2}
-    assert explorer.controls.keys() == moves.keys()
-    first, start = explorer.picture.value, explorer.values
-    for name, value in moves.items():
-        explorer.set(**{name: value})
-        assert explorer.picture.value != first, name
-        explorer.set(**{name: start[name]})
-        assert explorer.picture.value == first, name
+    assert_every_control_moves_the_picture_and_back(roofline_explorer(), moves)
 
 
 def test_the_explorer_draws_what_its_controls_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from explorers import assert_every_control_moves_the_picture_and_back
 from matplotlib.figure import Figure
 
 from dsv3_mini.config import ModelConfig
@@ -125,13 +126,9 @@ def test_kinds_are_the_ledgers_numbers() -> None:
 
 def test_every_control_moves_the_picture_and_back() -> None:
     explorer = cache_explorer(MEASURED)
-    first, start = explorer.picture.value, explorer.values
-    assert start == {"model": "671b", "heads": 128, "sharing": 16, "latent": 512, "context": 131_072}
-    for name, value in {"heads": 64, "sharing": 8, "latent": 1024, "context": 4096, "model": "16b"}.items():
-        explorer.set(**{name: value})
-        assert explorer.picture.value != first, name
-        explorer.set(**{name: start[name]})
-        assert explorer.values == start and explorer.picture.value == first, name
+    assert explorer.values == {"model": "671b", "heads": 128, "sharing": 16, "latent": 512, "context": 131_072}
+    moves = {"heads": 64, "sharing": 8, "latent": 1024, "context": 4096, "model": "16b"}
+    assert_every_control_moves_the_picture_and_back(explorer, moves)
 
 
 def test_a_models_own_heads_and_latent_are_set_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

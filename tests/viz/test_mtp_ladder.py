@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from explorers import assert_every_control_moves_the_picture_and_back
 from matplotlib.figure import Figure
 from nano_runs import small_tokenizer
 from random_models import nano, random_model
@@ -165,12 +166,7 @@ def test_beliefs_are_the_models_and_know_no_later_token(model: DeepSeekV3) -> No
 def test_every_control_moves_the_picture_and_back(model: DeepSeekV3) -> None:
     state = torch.get_rng_state()
     explorer = ladder_explorer(model, small_tokenizer(), TEXTS)
-    first, start = explorer.picture.value, explorer.values
-    for name, value in {"text": "two", "position": 2, "reads": OTHER}.items():
-        explorer.set(**{name: value})
-        assert explorer.picture.value != first, name
-        explorer.set(**{name: start[name]})
-        assert explorer.picture.value == first, name
+    assert_every_control_moves_the_picture_and_back(explorer, {"text": "two", "position": 2, "reads": OTHER})
     assert torch.equal(torch.get_rng_state(), state), "the reader's random numbers are his own"
 
 

@@ -10,6 +10,7 @@ import matplotlib.colors
 import numpy as np
 import pytest
 import torch
+from explorers import assert_every_control_moves_the_picture_and_back
 from matplotlib.figure import Figure
 
 from dsv3_mini.config import ModelConfig
@@ -148,14 +149,7 @@ MOVES = {"theta": 100.0, "width": 128, "context": 163_840, "degrees": 60, "pair"
 
 
 def test_every_control_moves_the_picture_and_back() -> None:
-    explorer = frequency_explorer()
-    assert explorer.controls.keys() == MOVES.keys()
-    first, start = explorer.picture.value, explorer.values
-    for name, value in MOVES.items():
-        explorer.set(**{name: value})
-        assert explorer.picture.value != first, name
-        explorer.set(**{name: start[name]})
-        assert explorer.picture.value == first, name
+    assert_every_control_moves_the_picture_and_back(frequency_explorer(), MOVES)
 
 
 def test_the_explorer_draws_what_its_controls_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import matplotlib.colors
 import numpy as np
 import pytest
 import torch
+from explorers import assert_every_control_moves_the_picture_and_back
 from matplotlib.figure import Figure
 
 from dsv3_mini.course.baseline import Baseline, BaselineShape, Signal, Step, story_batches, train_steps
@@ -110,14 +111,7 @@ def test_each_mask_does_what_its_name_says() -> None:
 )
 def test_every_control_moves_the_picture_and_back(make: Any, moves: dict[str, Any]) -> None:
     state = torch.get_rng_state()
-    explorer = make()
-    assert explorer.controls.keys() == moves.keys()
-    first, start = explorer.picture.value, explorer.values
-    for name, value in moves.items():
-        explorer.set(**{name: value})
-        assert explorer.picture.value != first, name
-        explorer.set(**{name: start[name]})
-        assert explorer.picture.value == first, name
+    assert_every_control_moves_the_picture_and_back(make(), moves)
     assert torch.equal(torch.get_rng_state(), state), "the reader's random numbers are his own"
 
 
