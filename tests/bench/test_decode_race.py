@@ -7,12 +7,20 @@ import statistics
 import pytest
 import torch
 
-from dsv3_mini.bench.decode import Seconds, largest_difference, one_layer, random_inputs, side_by_side
+from dsv3_mini.bench import decode
+from dsv3_mini.bench.decode import (
+    CONTEXT,
+    Seconds,
+    largest_difference,
+    one_layer,
+    random_inputs,
+    shortest_ratio,
+    side_by_side,
+)
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.ledger.decode import attention_flops, crossing
 
 RELEASED = ModelConfig.preset("671b")
-CONTEXT = 1024
 
 
 def test_inputs_are_those_of_the_last_tokens() -> None:
@@ -64,3 +72,11 @@ def test_the_clock_agrees_with_the_count_on_both_sides_of_the_crossing() -> None
 
 def test_ratio_says_how_much_faster_absorbed_is() -> None:
     assert Seconds(expanded=3.0, absorbed=1.5).ratio == 2
+
+
+def test_the_shortest_ratio_takes_the_best_run_of_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of known lengths; the first only sets up and does not count."""
+    lengths = iter([Seconds(0.1, 0.01), Seconds(9.0, 3.0), Seconds(6.0, 5.0), Seconds(8.0, 2.0)])
+    monkeypatch.setattr(decode, "side_by_side", lambda *_: next(lengths))
+    layer = one_layer(RELEASED, 2)
+    assert shortest_ratio(layer, random_inputs(layer, 1, 8), runs=3) == 3.0

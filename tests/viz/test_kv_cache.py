@@ -11,7 +11,7 @@ import pytest
 from explorers import assert_every_control_moves_the_picture_and_back
 from matplotlib.figure import Figure
 
-from dsv3_mini.bench.decode import Seconds
+from dsv3_mini.bench.decode import CONTEXT, NEW, Seconds
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.ledger.decode import H800, WAYS, attention_flops, crossing, decode_step
 from dsv3_mini.viz.figures.kv_cache import (
@@ -27,8 +27,6 @@ from dsv3_mini.viz.figures.kv_cache import (
 from dsv3_mini.viz.style import COLOURS
 from dsv3_mini.viz.widgets import kv_cache as widgets
 from dsv3_mini.viz.widgets.kv_cache import (
-    CONTEXT,
-    NEW,
     RECORDED,
     Stopwatch,
     counted_ratios,

@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets
 from matplotlib.figure import Figure
 
-from dsv3_mini.bench.decode import Seconds, one_layer, random_inputs, side_by_side
+from dsv3_mini.bench.decode import CONTEXT, HEADS, NEW, Seconds, one_layer, random_inputs, side_by_side
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.ledger.decode import H800, WAYS, Machine, attention_flops, crossing, decode_step
 from dsv3_mini.viz.figures import png
@@ -18,12 +18,9 @@ from dsv3_mini.viz.widgets.explorer import Explorer, with_picture
 
 # ---- measuring ---------------------------------------------------------------------------------------------------------
 
-CONTEXT = 1024
-NEW = (1, 8, 32, 128, 512, 1024)
-HEADS = 8
-# Measured on one core of a busy server, the shortest of 15 runs of each way (of 7 from 512 on), 671b's widths with 8 heads
-# over 1,024 tokens: drawn in grey behind the reader's own, and the picture of a page that no kernel serves.
-RECORDED: dict[int, float] = {1: 77.9, 8: 8.7, 32: 3.3, 128: 1.1, 512: 0.63, 1024: 0.37}
+# Printed by `python -m dsv3_mini.bench.decode`: 671b's widths with 8 heads over 1,024 tokens, one core. Drawn in grey behind the
+# reader's own, and the picture of a page that no kernel serves.
+RECORDED: dict[int, float] = {1: 14.0, 8: 7.2, 32: 3.0, 128: 1.2, 512: 0.56, 1024: 0.39}
 
 
 class Stopwatch:
