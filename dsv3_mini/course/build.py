@@ -25,6 +25,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+from einops import reduce
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
@@ -46,7 +47,9 @@ NOTEBOOKS: dict[str, Callable[[Cell], str]] = {  # folder: what of a cell stands
 CELL_SECONDS = 120
 LARGEST = 600_000  # bytes of a notebook
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"
-SAME_PICTURE = 0.5  # mean difference of two pictures, in grey levels of 256, that is arithmetic and not content
+# A difference of two pictures that is arithmetic and not content: in grey levels of 256, over all of them and over the tile
+# that differs most. A dot that moves is nothing to the whole and all of its tile.
+SAME_PICTURE, SAME_TILE, TILE = 0.5, 8.0, 16
 WORKERS = 2
 
 
@@ -150,9 +153,16 @@ def keep_pictures(notebook: NotebookNode, before: Path) -> None:
 
 
 def same_picture(one: str, other: str) -> bool:
-    """Whether two PNGs (base64) look alike."""
+    """Whether two PNGs (base64) look alike, as a whole and everywhere."""
     a, b = (np.asarray(Image.open(io.BytesIO(base64.b64decode(x))).convert("L"), dtype=float) for x in (one, other))
-    return a.shape == b.shape and float(np.abs(a - b).mean()) < SAME_PICTURE
+    if a.shape != b.shape:
+        return False
+    apart = np.abs(a - b)
+    height, width = (-(-length // TILE) * TILE for length in apart.shape)
+    padded = np.zeros((height, width))
+    padded[: apart.shape[0], : apart.shape[1]] = apart
+    tiles = reduce(padded, "(h y) (w x) -> h w", "mean", y=TILE, x=TILE)
+    return bool(apart.mean() < SAME_PICTURE and tiles.max() < SAME_TILE)
 
 
 def write(notebook: NotebookNode, target: Path) -> None:

@@ -133,3 +133,7 @@ def test_pictures_are_compared_by_what_they_show() -> None:
     assert same_picture(encoded(page), encoded(nearly))
     assert not same_picture(encoded(page), encoded(other))
     assert not same_picture(encoded(page), encoded(page[:50]))
+    # A dot that moves, in a picture so large that the mean hardly feels it.
+    wide, moved = np.full((460, 900), 255), np.full((460, 900), 255)
+    wide[92:104, 75:87] = moved[152:164, 75:87] = 120
+    assert not same_picture(encoded(wide), encoded(moved))
