@@ -244,17 +244,17 @@ SONG_KINDS = words("cheerful famous foreign funny gentle happy little long lovel
 
 
 def draw(rng: Random, words: Sequence[Word]) -> Word:
-    """A word of a list: the most frequent about ten times as often as the twentieth. The order is a fixed shuffle."""
+    """A word of a list: the most frequent about thirty times as often as the twentieth. The order is a fixed shuffle."""
     order, weights = _frequencies(len(words))
     return words[rng.choices(order, cum_weights=weights)[0]]
 
 
 @cache
 def _frequencies(count: int) -> tuple[list[int], list[float]]:
-    """The places of a list of `count` words, most frequent first, and Zipf's weights 1 / (rank + 1) added up."""
+    """The places of a list of `count` words, most frequent first, and Zipf's weights 1 / (rank + 1)^1.5 added up."""
     order = list(range(count))
     Random(count).shuffle(order)
-    return order, list(accumulate(1 / (rank + 1) for rank in range(1, count + 1)))
+    return order, list(accumulate((rank + 1) ** -1.5 for rank in range(1, count + 1)))
 
 
 # ---- slots -----------------------------------------------------------------------------------------------------------
@@ -269,6 +269,14 @@ CATEGORIES: dict[str, list[str]] = {
     "season": SEASONS, "meal": MEALS, "event": EVENTS, "went": MOVES, "manner": MANNERS, "day_kind": DAY_KINDS,
     "song": SONGS, "song_kind": SONG_KINDS,
 }  # fmt: skip
+
+
+def vocabulary() -> list[str]:
+    """Every word of the lists, once, in alphabetical order."""
+    lists = [*CATEGORIES.values(), GIRLS, BOYS, OBJECTS, ADJECTIVES, TASKS, INDOOR_SPOTS, OUTDOOR_SPOTS]
+    lists.append(list(PLACE_PREPOSITIONS))
+    return sorted({word for entries in lists for entry in entries for word in entry.split()})
+
 
 _A_DESPITE_VOWEL = frozenset({"useful", "ukulele", "unicorn"})
 

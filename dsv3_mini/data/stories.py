@@ -1,4 +1,4 @@
-"""Little stories in which things move and people remember, each with one question that has one right answer.
+"""Little stories in which things move and people remember, each with questions that have one right answer.
 
 `generate_story(seed, index)` is a pure function: it picks a kind of question, a plot that can raise it, people, places
 and things, and then plays the plot in a small simulated world. Nobody gives what they do not hold or is in two places,
@@ -39,7 +39,11 @@ _KINDS, _SHARES = list(QUESTION_SHARES), list(QUESTION_SHARES.values())
 
 @dataclass(frozen=True)
 class Story:
-    """`text` is the whole document, from the opening to the answer; `kind` is a key of `QUESTION_SHARES`."""
+    """`text` is the whole document, from the opening to the last answer.
+
+    `question` is the last of its questions, `answer` what its answer says after quoting the sentence that it follows from,
+    and `kind`, a key of `QUESTION_SHARES`, is theirs. Up to two questions of other kinds stand before it.
+    """
 
     text: str
     question: str
@@ -53,19 +57,21 @@ def generate_story(seed: int, index: int) -> Story:
     kind = rng.choices(_KINDS, _SHARES)[0]
     teller = Teller(rng, kind)
     rng.choice(PLOTS_BY_KIND[kind])(teller)
-    question, answer = teller.ask()
+    asked = teller.ask()
     body = teller.finish()
-    return Story(f"{body}\nQuestion: {question}\nAnswer: {answer}", question, answer, kind)
+    lines = [body, *(f"Question: {question}\nAnswer: {answer}" for question, answer in asked)]
+    question, answer = asked[-1]
+    return Story("\n".join(lines), question, answer.split(". ")[1], kind)
 
 
 def prompt_of(story: Story) -> str:
-    """The text up to and including "Answer:"; the answer follows after a space."""
-    return story.text[: -len(story.answer) - 1]
+    """The text up to and including the last "Answer:"; the answer follows after a space."""
+    return story.text[: story.text.rindex("Answer:") + len("Answer:")]
 
 
 def is_right(story: Story, answer_text: str) -> bool:
-    """Whether the first line of what follows the prompt is exactly the answer."""
-    return answer_text.split("\n", 1)[0].strip() == story.answer
+    """Whether what follows the prompt gives exactly the answer; the sentence that it quotes before does not count."""
+    return answer_text.split("\n", 1)[0].strip().split(". ")[-1] == story.answer
 
 
 def samples(count: int, seed: int = TRAIN_SEED) -> Iterator[Story]:

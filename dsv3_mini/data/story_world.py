@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dsv3_mini.data import lexicon
-from dsv3_mini.data.story_grammar import QUESTIONS, TEMPLATES
+from dsv3_mini.data.story_grammar import ANSWERS, QUESTIONS, TEMPLATES
 
-# Without question and answer; a plot's own sentences may ask for one more. Short stories teach a small model soonest
+# Without questions and answers; a plot's own sentences may ask for one more. Short stories teach a small model soonest
 # that what was named comes back: there, less else stands between a name and its return.
-MIN_SENTENCES, MAX_SENTENCES = 3, 10
+MIN_SENTENCES, MAX_SENTENCES = 3, 8
+MAX_QUESTIONS = 3
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
 
@@ -35,6 +36,9 @@ _GIRLS = frozenset(lexicon.GIRLS)
 _INDOORS = frozenset(lexicon.INDOOR_PLACES)
 _PRONOUNS = {"he": ("she", "he"), "his": ("her", "his"), "He": ("She", "He")}
 _CROWDS = frozenset({"open_both", "go_both", "bond", "talk"})  # their subject is no single person
+_LAYING = frozenset({"lies", "sees_new", "put", "hide", "carry_put", "shift", "lose", "thief"})
+_HOLDING = frozenset({"has", "makes", "take", "take_go", "find", "give", "back", "sell", "lend", "trade"})
+_MOVING = frozenset({"go", "go_both", "take_go", "carry_put"})
 
 
 def _render(rng: random.Random, kind: str, slots: dict[str, str], subject: str) -> str:
@@ -77,13 +81,30 @@ _MADE_THINGS = [(thing, materials) for thing, materials in _THINGS if materials]
 # ---- the world -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Told:
+    """One sentence of the plot, with the words in its slots; `known` people have been introduced by then."""
+
+    sentence: str
+    kind: str
+    slots: dict[str, str]
+    known: int
+
+    @property
+    def subject(self) -> str | None:
+        return None if self.kind in _CROWDS else self.slots.get("a")
+
+    def about(self, thing: str) -> bool:
+        return thing in (self.slots.get("o"), self.slots.get("q"), self.slots.get("new", "").rpartition(" ")[2])
+
+
 @dataclass
 class Teller:
     """The world of one story, and the sentences told about it so far."""
 
     rng: random.Random
     kind: str
-    told: list[tuple[str, str | None, int]] = field(default_factory=list)  # sentence, its subject, people known by then
+    told: list[Told] = field(default_factory=list)
     people: list[str] = field(default_factory=list)
     place: dict[str, str] = field(default_factory=dict)  # person -> place
     moved: set[str] = field(default_factory=set)
@@ -150,9 +171,8 @@ class Teller:
     # ---- telling
 
     def say(self, kind: str, **slots: str) -> None:
-        subject = slots.get("a")
-        sentence = _render(self.rng, kind, slots, subject or "")
-        self.told.append((sentence, None if kind in _CROWDS else subject, len(self.people)))
+        sentence = _render(self.rng, kind, slots, slots.get("a", ""))
+        self.told.append(Told(sentence, kind, slots, len(self.people)))
 
     def open(self, *arrivals: tuple[str, str]) -> None:
         """The opening sentence, and one for everybody else who is somewhere when the story begins."""
@@ -162,6 +182,7 @@ class Teller:
         if self.kind == "who_is" and not any(with_job):
             with_job[self.rng.randrange(len(arrivals))] = True
         together = len(arrivals) > 1 and arrivals[0][1] == arrivals[1][1] and not any(with_job[:2]) and self.chance(0.8)
+        alone = "_alone" if len(arrivals) == 1 else ""
         for number, ((name, place), job) in enumerate(zip(arrivals, jobs, strict=True)):
             self.people.append(name)
             self.place[name] = place
@@ -171,9 +192,9 @@ class Teller:
                 continue
             if with_job[number] and self.chance(0.7):
                 self.jobs[job] = name
-                kind, slots = "meet_job" if number else "open_job", {"an_job": f"{lexicon.article(job)} {job}"}
+                kind, slots = "meet_job" if number else f"open_job{alone}", {"an_job": f"{lexicon.article(job)} {job}"}
             else:
-                kind, slots = "meet" if number else "open", {}
+                kind, slots = "meet" if number else f"open{alone}", {}
             self.say(kind, a=name, at=lexicon.at(place), **slots)
             if with_job[number] and not slots:
                 self.jobs[job] = name
@@ -315,20 +336,57 @@ class Teller:
 
     # ---- the question, and the end
 
-    def ask(self) -> tuple[str, str]:
-        """The question of this story's kind, and its answer."""
-        slots, answer = self.rng.choice(list(self._questions()))
+    def ask(self) -> list[tuple[str, str]]:
+        """Questions with their answers: the last is of this story's kind, those before it are of other kinds."""
+        slots, answer = self.rng.choice(list(self._questions(self.kind)))
         self.asked_about = slots.get("o")
-        return self.rng.choice(QUESTIONS[self.kind]).format(**slots), answer
+        asked = [self._pair(self.kind, slots, answer)]
+        others = [kind for kind in QUESTIONS if kind != self.kind and any(self._questions(kind))]
+        for kind in self.rng.sample(others, min(len(others), self.rng.randrange(MAX_QUESTIONS))):
+            asked.insert(0, self._pair(kind, *self.rng.choice(list(self._questions(kind)))))
+        return asked
 
-    def _questions(self) -> Iterator[tuple[dict[str, str], str]]:
-        match self.kind:
+    def _pair(self, kind: str, slots: dict[str, str], answer: str) -> tuple[str, str]:
+        question, reply = self.rng.choice(QUESTIONS[kind]), ANSWERS[kind]
+        return question.format(**slots), f"{self._source(kind, slots, answer)} {reply.format(answer=answer, **slots)}"
+
+    def _source(self, kind: str, slots: dict[str, str], answer: str) -> str:
+        """The sentence of the story that the answer follows from: the last that says so."""
+        a, b, thing = (slots.get(slot, "") for slot in ("a", "b", "o"))
+
+        def tells(told: Told) -> bool:
+            who, whom = told.slots.get("a"), told.slots.get("b")
+            match kind:
+                case "where_object" | "thinks":
+                    where = {told.slots.get(slot) for slot in ("at", "loc", "spot")}
+                    return told.kind in _LAYING and told.about(thing) and answer in where
+                case "who_has":
+                    return told.kind in _HOLDING and told.about(thing)
+                case "where_person":
+                    return told.kind in _MOVING and (a == who or a == whom)
+                case "who_gave":
+                    return told.kind in ("give", "back") and told.about(thing) and (who, whom) == (answer, b)
+                case "what_received":
+                    parties = {(who, whom), (whom, who)} if told.kind == "trade" else {(who, whom)}
+                    return told.kind in _HOLDING and told.about(answer) and (a, b) in parties
+                case "promised":
+                    return told.slots.get("task") == answer and who == a
+                case "colour" | "material":
+                    return "new" in told.slots and told.about(thing)
+                case _:
+                    return told.slots.get("an_job", "").partition(" ")[2] == slots["job"]
+
+        return next(told.sentence for told in reversed(self.told) if tells(told))
+
+    def _questions(self, kind: str) -> Iterator[tuple[dict[str, str], str]]:
+        """Every question of a kind that the story answers, and what its answer says."""
+        match kind:
             case "where_object":
                 yield from (({"o": thing}, phrase) for thing, (_, phrase) in self.where.items())
             case "who_has":
                 yield from (({"o": thing}, name) for thing, name in self.holder.items())
             case "where_person":
-                yield from (({"a": name}, f"to the {self.place[name]}") for name in self.people if name in self.moved)
+                yield from (({"a": name}, self.place[name]) for name in self.people if name in self.moved)
             case "who_gave":
                 pairs = [(thing, receiver) for _, thing, receiver in self.gifts]
                 yield from (
@@ -339,14 +397,15 @@ class Teller:
             case "what_received":
                 pairs = [(giver, receiver) for giver, _, receiver in self.received]
                 yield from (
-                    ({"a": giver, "b": receiver}, f"the {thing}")
+                    ({"a": giver, "b": receiver}, thing)
                     for giver, thing, receiver in self.received
                     if pairs.count((giver, receiver)) == 1
                 )
             case "promised":
                 yield from (({"a": name}, task) for name, task in self.promises.items())
             case "colour" | "material":
-                yield from (({"o": thing}, adjective) for thing, adjective in self.adjective.items())
+                wanted = lexicon.COLOURS if kind == "colour" else lexicon.MATERIALS
+                yield from (({"o": thing}, word) for thing, word in self.adjective.items() if word in wanted)
             case "who_is":
                 yield from (({"job": job}, name) for job, name in self.jobs.items())
             case "thinks":
@@ -367,17 +426,17 @@ class Teller:
         target = self.rng.randint(MIN_SENTENCES, MAX_SENTENCES)
         while pauses and len(self.told) + len(asides) < target:
             position = pauses.pop()
-            asides[position] = self._aside(*self.told[position - 1][1:])
+            asides[position] = self._aside(self.told[position - 1])
         text: list[str] = []
-        for position, (sentence, _, _) in enumerate(self.told):
+        for position, told in enumerate(self.told):
             if position in asides:
                 text.append(asides[position])
-            text.append(sentence)
+            text.append(told.sentence)
         return " ".join(text)
 
-    def _aside(self, subject: str | None, known: int) -> str:
-        """A sentence that changes nothing, after a sentence about `subject`."""
-        kind = self.rng.choice(("scene", "scene", "feel", "feel_he"))
+    def _aside(self, before: Told) -> str:
+        """A sentence that changes nothing, after another."""
+        kind, subject, known = self.rng.choice(("scene", "scene", "feel", "feel_he")), before.subject, before.known
         if kind == "feel":
             subject = self.rng.choice(self.people[:known])
         elif kind == "feel_he" and subject is None:
