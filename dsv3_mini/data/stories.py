@@ -23,16 +23,16 @@ HELD_OUT_SEED = 1
 
 # How often each kind of question is asked, in percent.
 QUESTION_SHARES = {
-    "where_object": 22,
+    "where_object": 24,
     "who_has": 14,
     "where_person": 13,
-    "who_gave": 8,
+    "who_gave": 9,
     "what_received": 8,
     "promised": 8,
-    "colour": 5,
-    "material": 5,
+    "colour": 6,
+    "material": 6,
     "who_is": 6,
-    "thinks": 11,
+    "thinks": 6,
 }
 _KINDS, _SHARES = list(QUESTION_SHARES), list(QUESTION_SHARES.values())
 
@@ -41,8 +41,8 @@ _KINDS, _SHARES = list(QUESTION_SHARES), list(QUESTION_SHARES.values())
 class Story:
     """`text` is the whole document, from the opening to the last answer.
 
-    `question` is the last of its questions, `answer` what its answer says after quoting the sentence that it follows from,
-    and `kind`, a key of `QUESTION_SHARES`, is theirs. Up to two questions of other kinds stand before it.
+    `question` and `answer` are the last of its questions and that one's answer, and `kind`, a key of `QUESTION_SHARES`,
+    is theirs. Up to two questions of other kinds stand before it, with their answers.
     """
 
     text: str
@@ -60,18 +60,17 @@ def generate_story(seed: int, index: int) -> Story:
     asked = teller.ask()
     body = teller.finish()
     lines = [body, *(f"Question: {question}\nAnswer: {answer}" for question, answer in asked)]
-    question, answer = asked[-1]
-    return Story("\n".join(lines), question, answer.split(". ")[1], kind)
+    return Story("\n".join(lines), *asked[-1], kind)
 
 
 def prompt_of(story: Story) -> str:
     """The text up to and including the last "Answer:"; the answer follows after a space."""
-    return story.text[: story.text.rindex("Answer:") + len("Answer:")]
+    return story.text[: -len(story.answer) - 1]
 
 
 def is_right(story: Story, answer_text: str) -> bool:
-    """Whether what follows the prompt gives exactly the answer; the sentence that it quotes before does not count."""
-    return answer_text.split("\n", 1)[0].strip().split(". ")[-1] == story.answer
+    """Whether the first line of what follows the prompt is exactly the answer."""
+    return answer_text.split("\n", 1)[0].strip() == story.answer
 
 
 def samples(count: int, seed: int = TRAIN_SEED) -> Iterator[Story]:

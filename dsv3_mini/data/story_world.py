@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dsv3_mini.data import lexicon
 from dsv3_mini.data.story_grammar import ANSWERS, QUESTIONS, TEMPLATES
+
+Word = TypeVar("Word")
 
 # Without questions and answers; a plot's own sentences may ask for one more. Short stories teach a small model soonest
 # that what was named comes back: there, less else stands between a name and its return.
@@ -36,9 +39,6 @@ _GIRLS = frozenset(lexicon.GIRLS)
 _INDOORS = frozenset(lexicon.INDOOR_PLACES)
 _PRONOUNS = {"he": ("she", "he"), "his": ("her", "his"), "He": ("She", "He")}
 _CROWDS = frozenset({"open_both", "go_both", "bond", "talk"})  # their subject is no single person
-_LAYING = frozenset({"lies", "sees_new", "put", "hide", "carry_put", "shift", "lose", "thief"})
-_HOLDING = frozenset({"has", "makes", "take", "take_go", "find", "give", "back", "sell", "lend", "trade"})
-_MOVING = frozenset({"go", "go_both", "take_go", "carry_put"})
 
 
 def _render(rng: random.Random, kind: str, slots: dict[str, str], subject: str) -> str:
@@ -83,19 +83,20 @@ _MADE_THINGS = [(thing, materials) for thing, materials in _THINGS if materials]
 
 @dataclass(frozen=True)
 class Told:
-    """One sentence of the plot, with the words in its slots; `known` people have been introduced by then."""
+    """One sentence of the plot, with the words in its slots."""
 
     sentence: str
     kind: str
     slots: dict[str, str]
-    known: int
 
     @property
     def subject(self) -> str | None:
         return None if self.kind in _CROWDS else self.slots.get("a")
 
-    def about(self, thing: str) -> bool:
-        return thing in (self.slots.get("o"), self.slots.get("q"), self.slots.get("new", "").rpartition(" ")[2])
+    @property
+    def latest(self) -> str | None:
+        """Who was named last."""
+        return self.slots.get("b") or self.slots.get("a")
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Teller:
     people: list[str] = field(default_factory=list)
     place: dict[str, str] = field(default_factory=dict)  # person -> place
     moved: set[str] = field(default_factory=set)
+    last_moved: str | None = None
     holder: dict[str, str] = field(default_factory=dict)  # thing -> person
     where: dict[str, tuple[str, str]] = field(default_factory=dict)  # thing -> place, and the phrase that says where
     belief: dict[tuple[str, str], str] = field(default_factory=dict)  # (person, thing) -> the phrase they remember
@@ -123,27 +125,32 @@ class Teller:
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
 
+    def returning(self, words: Sequence[Word]) -> Word:
+        """A word for what the story comes back to."""
+        return lexicon.draw(self.rng, words, lexicon.RETURNING)
+
     # ---- casting
 
     def cast(self, count: int) -> list[str]:
-        """People whose names begin with different letters."""
+        """People whose names begin with different letters: of two, one is a girl and one a boy."""
         names: list[str] = []
+        girl = self.chance(0.5)
         while len(names) < count:
-            name = lexicon.draw(self.rng, lexicon.GIRLS if self.chance(0.5) else lexicon.BOYS)
+            name = self.returning(lexicon.GIRLS if girl == (len(names) % 2 == 0) else lexicon.BOYS)
             if all(name[0] != other[0] for other in names):
                 names.append(name)
         return names
 
     def new_place(self) -> str:
         while True:
-            place = lexicon.draw(self.rng, lexicon.INDOOR_PLACES if self.chance(0.55) else lexicon.OUTDOOR_PLACES)
+            place = self.returning(lexicon.INDOOR_PLACES if self.chance(0.55) else lexicon.OUTDOOR_PLACES)
             if place not in self.used:
                 self.used.add(place)
                 return place
 
     def new_spot(self, place: str) -> str:
         while True:
-            spot = lexicon.draw(self.rng, lexicon.INDOOR_SPOTS if place in _INDOORS else lexicon.OUTDOOR_SPOTS)
+            spot = self.returning(lexicon.INDOOR_SPOTS if place in _INDOORS else lexicon.OUTDOOR_SPOTS)
             noun = spot.rsplit(" ", 1)[1]
             if noun not in self.used:
                 self.used.add(noun)
@@ -151,7 +158,7 @@ class Teller:
 
     def new_thing(self) -> tuple[str, str]:
         """A thing that the story does not have yet, and its introduction: ("lantern", "a copper lantern")."""
-        thing, materials = lexicon.draw(self.rng, _MADE_THINGS if self.kind == "material" else _THINGS)
+        thing, materials = self.returning(_MADE_THINGS if self.kind == "material" else _THINGS)
         if any(thing[0] == other[0] for other in self.adjective):
             return self.new_thing()
         if materials is None:
@@ -164,7 +171,7 @@ class Teller:
             adjectives = lexicon.COLOURS
         else:
             adjectives = self.rng.choice((lexicon.COLOURS, lexicon.QUALITIES, materials or lexicon.QUALITIES))
-        adjective = lexicon.draw(self.rng, adjectives)
+        adjective = self.returning(adjectives)
         self.adjective[thing] = adjective
         return thing, f"{lexicon.article(adjective)} {adjective} {thing}"
 
@@ -172,14 +179,16 @@ class Teller:
 
     def say(self, kind: str, **slots: str) -> None:
         sentence = _render(self.rng, kind, slots, slots.get("a", ""))
-        self.told.append(Told(sentence, kind, slots, len(self.people)))
+        self.told.append(Told(sentence, kind, slots))
 
     def open(self, *arrivals: tuple[str, str]) -> None:
         """The opening sentence, and one for everybody else who is somewhere when the story begins."""
-        jobs = self.rng.sample(lexicon.JOBS, len(arrivals))
-        wanted = 0.75 if self.kind == "who_is" else 0.12
-        with_job = [self.chance(wanted) for _ in arrivals]
-        if self.kind == "who_is" and not any(with_job):
+        jobs: list[str] = []
+        while len(jobs) < len(arrivals):
+            job = self.returning(lexicon.JOBS)
+            jobs += [job] if job not in jobs else []
+        with_job = [self.chance(0.12) for _ in arrivals]
+        if self.kind == "who_is":
             with_job[self.rng.randrange(len(arrivals))] = True
         together = len(arrivals) > 1 and arrivals[0][1] == arrivals[1][1] and not any(with_job[:2]) and self.chance(0.8)
         alone = "_alone" if len(arrivals) == 1 else ""
@@ -239,14 +248,18 @@ class Teller:
         self.say("sees_new", a=name, new=phrase, spot=spot)
         return thing
 
+    def _moves(self, *names: str) -> None:
+        self.moved.update(names)
+        self.last_moved = names[-1]
+
     def go(self, name: str, place: str) -> None:
         self.place[name] = place
-        self.moved.add(name)
+        self._moves(name)
         self.say("go", a=name, to=place)
 
     def go_both(self, a: str, b: str, place: str) -> None:
         self.place[a] = self.place[b] = place
-        self.moved |= {a, b}
+        self._moves(a, b)
         self.say("go_both", a=a, b=b, to=place)
 
     def take(self, name: str, thing: str) -> None:
@@ -258,7 +271,7 @@ class Teller:
         if self.chance(0.5):
             self._grasp(thing, name)
             self.place[name] = place
-            self.moved.add(name)
+            self._moves(name)
             self.say("take_go", a=name, o=thing, to=place)
         else:
             self.take(name, thing)
@@ -280,7 +293,7 @@ class Teller:
     def carry_put(self, name: str, thing: str, place: str) -> None:
         assert self.holder[thing] == name
         self.place[name] = place
-        self.moved.add(name)
+        self._moves(name)
         spot = self.new_spot(place)
         self._lay(thing, place, spot)
         self.say("carry_put", a=name, o=thing, to=place, spot=spot)
@@ -325,7 +338,7 @@ class Teller:
         self.say("thief", an_animal=phrase, An_animal=phrase.capitalize(), o=thing, at=lexicon.at(place))
 
     def promise(self, name: str, other: str | None = None) -> None:
-        task = lexicon.draw(self.rng, lexicon.TASKS)
+        task = self.returning(lexicon.TASKS)
         if task in self.promises.values():
             return self.promise(name, other)
         self.promises[name] = task
@@ -347,36 +360,7 @@ class Teller:
         return asked
 
     def _pair(self, kind: str, slots: dict[str, str], answer: str) -> tuple[str, str]:
-        question, reply = self.rng.choice(QUESTIONS[kind]), ANSWERS[kind]
-        return question.format(**slots), f"{self._source(kind, slots, answer)} {reply.format(answer=answer, **slots)}"
-
-    def _source(self, kind: str, slots: dict[str, str], answer: str) -> str:
-        """The sentence of the story that the answer follows from: the last that says so."""
-        a, b, thing = (slots.get(slot, "") for slot in ("a", "b", "o"))
-
-        def tells(told: Told) -> bool:
-            who, whom = told.slots.get("a"), told.slots.get("b")
-            match kind:
-                case "where_object" | "thinks":
-                    where = {told.slots.get(slot) for slot in ("at", "loc", "spot")}
-                    return told.kind in _LAYING and told.about(thing) and answer in where
-                case "who_has":
-                    return told.kind in _HOLDING and told.about(thing)
-                case "where_person":
-                    return told.kind in _MOVING and (a == who or a == whom)
-                case "who_gave":
-                    return told.kind in ("give", "back") and told.about(thing) and (who, whom) == (answer, b)
-                case "what_received":
-                    parties = {(who, whom), (whom, who)} if told.kind == "trade" else {(who, whom)}
-                    return told.kind in _HOLDING and told.about(answer) and (a, b) in parties
-                case "promised":
-                    return told.slots.get("task") == answer and who == a
-                case "colour" | "material":
-                    return "new" in told.slots and told.about(thing)
-                case _:
-                    return told.slots.get("an_job", "").partition(" ")[2] == slots["job"]
-
-        return next(told.sentence for told in reversed(self.told) if tells(told))
+        return self.rng.choice(QUESTIONS[kind]).format(**slots), ANSWERS[kind].format(answer=answer, **slots)
 
     def _questions(self, kind: str) -> Iterator[tuple[dict[str, str], str]]:
         """Every question of a kind that the story answers, and what its answer says."""
@@ -386,7 +370,10 @@ class Teller:
             case "who_has":
                 yield from (({"o": thing}, name) for thing, name in self.holder.items())
             case "where_person":
-                yield from (({"a": name}, self.place[name]) for name in self.people if name in self.moved)
+                moved = [name for name in self.people if name in self.moved]
+                yield from (
+                    ({"a": name}, self.place[name]) for name in moved for _ in range(1 + 9 * (name == self.last_moved))
+                )
             case "who_gave":
                 pairs = [(thing, receiver) for _, thing, receiver in self.gifts]
                 yield from (
@@ -417,11 +404,11 @@ class Teller:
 
     def finish(self) -> str:
         """Fills the story up with small sentences, ends it, and joins it."""
-        if self.chance(0.7):
+        if self.kind not in ("where_person", "who_has") and self.chance(0.4):
             self._echo()
         pauses = list(range(1, len(self.told) + 1))
         self.rng.shuffle(pauses)
-        self.say("end", a=self.rng.choice(self.people))
+        self.say("end", a=self.told[-1].latest or self.people[-1])
         asides: dict[int, str] = {}
         target = self.rng.randint(MIN_SENTENCES, MAX_SENTENCES)
         while pauses and len(self.told) + len(asides) < target:
@@ -436,12 +423,10 @@ class Teller:
 
     def _aside(self, before: Told) -> str:
         """A sentence that changes nothing, after another."""
-        kind, subject, known = self.rng.choice(("scene", "scene", "feel", "feel_he")), before.subject, before.known
-        if kind == "feel":
-            subject = self.rng.choice(self.people[:known])
-        elif kind == "feel_he" and subject is None:
+        kind, subject = self.rng.choice(("scene", "scene", "feel", "feel_he")), before.subject
+        if subject is None and (kind == "feel_he" or before.latest is None):
             kind = "scene"
-        slots = {"a": subject} if kind == "feel" else {}
+        slots = {"a": before.latest} if kind == "feel" else {}
         return _render(self.rng, kind, slots, subject or "")
 
     def _echo(self) -> None:

@@ -20,7 +20,7 @@ from dsv3_mini.model import DeepSeekV3
 
 STORY_TOKENS = 256  # room for the longest story of the grammar
 JUDGED_CONTEXT = 288  # the least context that holds every prompt and its answer
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 20
 SUM_TOKENS = 80
 
 

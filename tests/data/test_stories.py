@@ -64,19 +64,20 @@ def test_stories_are_rich_in_words_and_of_many_lengths(train: list[Story]) -> No
     words = {word.strip(".,?").lower() for story in train for word in story.text.split()}
     assert len(words) >= 1200
     lengths = sorted(len(story.text.split()) for story in train)
-    assert lengths[0] >= 20 and lengths[-1] <= 130
-    assert lengths[len(lengths) // 10] < 50 and lengths[-len(lengths) // 10] > 75, "some are short, some are long"
+    assert lengths[0] >= 20 and lengths[-1] <= 150
+    assert lengths[len(lengths) // 10] < 55 and lengths[-len(lengths) // 10] > 75, "some are short, some are long"
     assert all(3 <= len(sentences_of(story.text)) <= 14 for story in train)
 
 
-def test_words_come_by_zipfs_law() -> None:
-    """Counts of 30,000 draws against 1 / (rank + 1)^1.5, five standard deviations either side; the order is no alphabet."""
+@pytest.mark.parametrize("exponent", [lexicon.PASSING, lexicon.RETURNING])
+def test_words_come_by_zipfs_law(exponent: float) -> None:
+    """Counts of 30,000 draws against 1 / (rank + 1)^exponent, five standard deviations either side; the order is no alphabet."""
     words, draws = [str(i) for i in range(60)], 30_000
-    counts = Counter(lexicon.draw(random.Random(f"draw-{i}"), words) for i in range(draws))
-    total = sum((rank + 1) ** -1.5 for rank in range(1, 61))
+    counts = Counter(lexicon.draw(random.Random(f"draw-{i}"), words, exponent) for i in range(draws))
+    total = sum((rank + 1) ** -exponent for rank in range(1, 61))
     by_count = [word for word, _ in counts.most_common()]
     for rank, word in enumerate(by_count[:12], start=1):
-        expected = draws * (rank + 1) ** -1.5 / total
+        expected = draws * (rank + 1) ** -exponent / total
         assert abs(counts[word] - expected) < 5 * expected**0.5, (rank, counts[word], expected)
     assert len(counts) == 60 and by_count[:5] != sorted(by_count[:5])
     assert lexicon.draw(random.Random(4), words) == lexicon.draw(random.Random(4), words)
@@ -98,21 +99,21 @@ def test_every_template_is_used(train: list[Story]) -> None:
 
 def said(answer: str) -> str:
     """What an answer says besides the words of its question: "under the bench" of "The key is under the bench."."""
-    pattern = r"(?: is with| is made of| got the .* from| got the| went to the| promised to| that the \w+ is| is) (.+)\.$"
+    pattern = (
+        r"(?: is with| is made of| got the .* from| got the| went to the| promised to| that the \w+ is| is) (.+)\.$"
+    )
     return re.search(pattern, answer)[1]
 
 
 def test_answers_are_sentences_that_say_a_short_span_of_the_story(some: list[Story]) -> None:
     for story in some:
         lines = story.text.split("\n")
-        assert lines[-2] == f"Question: {story.question}" and lines[-1].endswith(f". {story.answer}")
-        assert prompt_of(story).endswith("\nAnswer:") and story.text.removeprefix(prompt_of(story)) == lines[-1][7:]
+        assert lines[-2:] == [f"Question: {story.question}", f"Answer: {story.answer}"]
+        assert prompt_of(story).endswith("\nAnswer:") and prompt_of(story) + " " + story.answer == story.text
         for question, answer in zip(lines[1::2], lines[2::2], strict=True):
             assert question.startswith("Question: ") and answer.startswith("Answer: ")
-            source, reply = answer.removeprefix("Answer: ").split(". ")
-            assert f"{source}." in sentences_of(lines[0])
-            assert re.search(rf"\b{said(reply)}\b", source), (answer, story)
-            assert 1 <= len(said(reply).split()) <= 4
+            assert re.search(rf"\b{said(answer)}\b", lines[0]), (answer, story)
+            assert 1 <= len(said(answer).split()) <= 4
 
 
 def test_a_story_asks_one_to_three_questions_each_of_another_kind(train: list[Story]) -> None:
@@ -134,6 +135,7 @@ def test_who_begins_a_sentence_is_known_and_newcomers_are_announced(some: list[S
                 assert not here & known, sentence
                 known |= here
             assert here <= known, (sentence, story.text)
+        assert len(known) != 2 or len(known.intersection(lexicon.GIRLS)) == 1, "a girl and a boy"
         alone = " alone " in sentences_of(story.text)[0]
         assert alone == (len(known) == 1), story.text
 
@@ -141,7 +143,7 @@ def test_who_begins_a_sentence_is_known_and_newcomers_are_announced(some: list[S
 def test_an_answer_is_right_by_its_first_line(some: list[Story]) -> None:
     story = some[0]
     assert is_right(story, f" {story.answer}") and is_right(story, f"{story.answer} \nOne rainy day")
-    assert is_right(story, f" Whatever it quotes. {story.answer}") and not is_right(story, f"{story.answer} Or so.")
+    assert not is_right(story, f"{story.answer} Or so.")
     assert not is_right(story, f" {story.answer} or so") and not is_right(story, f"\n{story.answer}")
     assert not is_right(story, "")
 
@@ -228,7 +230,7 @@ MARBLE = [
 
 
 def document(lines: list[str], question: str, answer: str) -> str:
-    return f"{' '.join(lines)}\nQuestion: {question}\nAnswer: {lines[1]} {answer}"
+    return f"{' '.join(lines)}\nQuestion: {question}\nAnswer: {answer}"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_a_story_written_by_hand(question: str, answer: str) -> None:
 
 def test_every_answer_of_a_story_must_be_right() -> None:
     first = ("Where is the lantern?", "The lantern is in the drawer.")
-    text = document(MARBLE, *first) + f"\nQuestion: Where did Mira go last?\nAnswer: {MARBLE[4]} Mira went to the garden."
+    text = document(MARBLE, *first) + "\nQuestion: Where did Mira go last?\nAnswer: Mira went to the garden."
     assert judge_story(text).answer_right
     for right, wrong in (("is in the drawer.", "is under the table."), ("went to the garden.\n", "went to the zoo.\n")):
         verdict = judge_story((text + "\n").replace(right, wrong))
@@ -323,25 +325,23 @@ def test_malformed_sentences_are_refused(case: str) -> None:
     [
         ("", "no question"),
         ("\nQuestion: Where is the lantern?", "no answer"),
-        ("\nQuestion: Where is the\nAnswer: {told} The lantern is in the drawer.", "no such sentence"),
-        ("\nQuestion: Where is the kettle?\nAnswer: {told} The kettle is in the drawer.", "'kettle' is not in the story"),
-        ("\nQuestion: Where did Nora go last?\nAnswer: {told} Nora went to the garden.", "'Nora' is not in the story"),
-        ("\nQuestion: Who is the baker?\nAnswer: {told} The baker is Mira.", "'baker' is not in the story"),
-        ("\nQuestion: Where is the lantern?\nAnswer: {told} The lantern is Mira.", "does not answer"),
-        ("\nQuestion: Where is the lantern?\nAnswer: {told} The lantern is in the.", "does not answer"),
-        ("\nQuestion: Where is the lantern?\nAnswer: {told} in the drawer", "does not answer"),
-        ("\nQuestion: Where is the lantern?\nAnswer: The lantern is in the drawer.", "no sentence of the story"),
-        ("\nQuestion: Where is the lantern?\nAnswer: Tom felt happy. The lantern is in the drawer.", "no sentence of the story"),
-        ("\nQuestion: Where is the lantern?\nAnswer: {told} The lantern is in the drawer", "does not answer"),
-        ("\nQuestion: Where is the lantern?\nAnswer: {told} The kettle is in the drawer.", "does not answer"),
-        ("\nQuestion: Who has the lantern?\nAnswer: {told} The lantern is with Nora.", "does not answer"),
-        ("\nQuestion: What colour is the lantern?\nAnswer: {told} The lantern is copper.", "does not answer"),
-        ("\nQuestion: Where is the lantern?\nAnswer: {told} The lantern is in the drawer.\nOne day", "text after the answer"),
-        ("\nQuestion: Where is the lantern?\nAnswer: {told} The lantern is in the drawer.\nQuestion: Who", "no answer"),
+        ("\nQuestion: Where is the\nAnswer: The lantern is in the drawer.", "no such sentence"),
+        ("\nQuestion: Where is the kettle?\nAnswer: The kettle is in the drawer.", "'kettle' is not in the story"),
+        ("\nQuestion: Where did Nora go last?\nAnswer: Nora went to the garden.", "'Nora' is not in the story"),
+        ("\nQuestion: Who is the baker?\nAnswer: The baker is Mira.", "'baker' is not in the story"),
+        ("\nQuestion: Where is the lantern?\nAnswer: The lantern is Mira.", "does not answer"),
+        ("\nQuestion: Where is the lantern?\nAnswer: The lantern is in the.", "does not answer"),
+        ("\nQuestion: Where is the lantern?\nAnswer: in the drawer", "does not answer"),
+        ("\nQuestion: Where is the lantern?\nAnswer: The lantern is in the drawer", "does not answer"),
+        ("\nQuestion: Where is the lantern?\nAnswer: The kettle is in the drawer.", "does not answer"),
+        ("\nQuestion: Who has the lantern?\nAnswer: The lantern is with Nora.", "does not answer"),
+        ("\nQuestion: What colour is the lantern?\nAnswer: The lantern is copper.", "does not answer"),
+        ("\nQuestion: Where is the lantern?\nAnswer: The lantern is in the drawer.\nOne day", "text after the answer"),
+        ("\nQuestion: Where is the lantern?\nAnswer: The lantern is in the drawer.\nQuestion: Who", "no answer"),
     ],
 )
 def test_malformed_ends_are_refused(end: str, reason: str) -> None:
-    verdict = judge_story(" ".join(MARBLE) + end.format(told=MARBLE[1]))
+    verdict = judge_story(" ".join(MARBLE) + end)
     assert not verdict.well_formed and reason in str(verdict.problem), verdict.problem
 
 
@@ -382,11 +382,17 @@ def test_who_sees_a_thing_go_no_longer_remembers_it_there() -> None:
     remembers = "Mira thought that the lantern was under the table."
     for taken in ("Tom took the lantern.", "A goat stole the lantern and left it in the cellar."):
         verdict = judge_story(
-            document([*MARBLE[:3], taken, remembers, MARBLE[7]], "What is the lantern made of?", "The lantern is made of copper.")
+            document(
+                [*MARBLE[:3], taken, remembers, MARBLE[7]],
+                "What is the lantern made of?",
+                "The lantern is made of copper.",
+            )
         )
         assert verdict.well_formed and "does not remember" in str(verdict.problem), verdict
         away = [*MARBLE[:5], taken, remembers, MARBLE[7]]
-        assert judge_story(document(away, "What is the lantern made of?", "The lantern is made of copper.")).answer_right
+        assert judge_story(
+            document(away, "What is the lantern made of?", "The lantern is made of copper.")
+        ).answer_right
 
 
 def test_nobody_sees_a_thing_being_lost() -> None:
@@ -397,7 +403,10 @@ def test_nobody_sees_a_thing_being_lost() -> None:
         "Tom found the lantern in the kitchen.": True,
     }.items():
         lines = [line.format(sentence) for line in loses]
-        assert judge_story(document(lines, "What is the lantern made of?", "The lantern is made of copper.")).consistent == consistent
+        assert (
+            judge_story(document(lines, "What is the lantern made of?", "The lantern is made of copper.")).consistent
+            == consistent
+        )
 
 
 def test_other_answers_are_wrong(some: list[Story]) -> None:
@@ -465,14 +474,14 @@ def test_any_sequence_of_sentences_can_be_judged() -> None:
         middle = [re.sub(r"\{(\w+)\}", word, template.pattern) for template in chosen]
         assert all(map(well_formed_sentence, middle)), middle
         text = opening + " ".join(middle) + " It had been a good day.\nQuestion: Who has the key?\n"
-        text += "Answer: Mira had an iron key. The key is with Mira."
+        text += "Answer: The key is with Mira."
         happened += judge_story(text).consistent
     assert 100 < happened < 1000
 
 
 def test_a_sentence_has_one_meaning(some: list[Story]) -> None:
     seen: set[str] = set()
-    for sentence in {sentence for story in some[:600] for sentence in sentences_of(story.text)}:
+    for sentence in {sentence for story in some[:2500] for sentence in sentences_of(story.text)}:
         readings = all_readings(sentence)
         assert len({reading.kind for reading in readings}) == 1, (sentence, readings)
         seen.add(readings[0].kind)

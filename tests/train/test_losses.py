@@ -146,7 +146,11 @@ def test_at_lambda_zero_the_modules_do_not_run() -> None:
     losses.total.backward()
     assert losses.mtp == 0 and losses.total == losses.main
     assert all(parameter.grad is None for parameter in model.mtp.parameters())
-    main_layers = [r.layer for r in training_losses(model, row[:, :-1], row[:, 1:], 0.3, 0.0).routing if r.layer < len(model.layers)]
+    main_layers = [
+        r.layer
+        for r in training_losses(model, row[:, :-1], row[:, 1:], 0.3, 0.0).routing
+        if r.layer < len(model.layers)
+    ]
     assert [r.layer for r in losses.routing] == main_layers
     assert model.lm_head.weight.grad.any()
 
