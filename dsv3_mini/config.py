@@ -335,8 +335,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         qk_rope_head_dim=16,
         v_head_dim=32,
         max_position_embeddings=512,
-        # Wavelengths of 6 to 350 tokens, all of use within 512; at 10,000 half of the pairs would hardly turn.
-        rope_theta=100.0,
         rope_scaling=None,
         # About 1 / sqrt(192). At 0.02 what a token *is* drowns in what all tokens of its class share, and the model needs
         # many times the tokens until it repeats a name (see it: dsv3 train --set initializer_range=0.02).
