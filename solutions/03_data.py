@@ -106,7 +106,7 @@ from dsv3_mini.data.sums import generate_sum, judge_sum
 story = generate_story(seed=0, index=3)
 print(story.text)
 print("right:", judge_story(story.text).answer_right)
-print("another answer:", judge_story(story.text.replace(f"Answer: {story.answer}", "Answer: on the moon")).problem)
+print("another answer:", judge_story(story.text.removesuffix(story.answer) + "It is on the moon.").problem)
 print("the sum is right:", judge_sum(generate_sum(seed=0, index=3).text).answer_right)
 
 # %% [markdown]

@@ -243,18 +243,23 @@ SONG_KINDS = words("cheerful famous foreign funny gentle happy little long lovel
 # ---- how often -------------------------------------------------------------------------------------------------------
 
 
-def draw(rng: Random, words: Sequence[Word]) -> Word:
-    """A word of a list: the most frequent about ten times as often as the twentieth. The order is a fixed shuffle."""
-    order, weights = _frequencies(len(words))
+# Zipf's exponents. What a story comes back to (people, things, places, promises) a small model has to learn to copy, word by
+# word, so it is drawn from fewer words; what passes by (feelings, weather, smells) only has to be known.
+RETURNING, PASSING = 1.75, 1.5
+
+
+def draw(rng: Random, words: Sequence[Word], exponent: float = PASSING) -> Word:
+    """A word of a list, its rank r as frequent as 1 / (r + 1)^exponent. Which word has which rank is a fixed shuffle."""
+    order, weights = _frequencies(len(words), exponent)
     return words[rng.choices(order, cum_weights=weights)[0]]
 
 
 @cache
-def _frequencies(count: int) -> tuple[list[int], list[float]]:
-    """The places of a list of `count` words, most frequent first, and Zipf's weights 1 / (rank + 1) added up."""
+def _frequencies(count: int, exponent: float) -> tuple[list[int], list[float]]:
+    """The places of a list of `count` words, most frequent first, and their weights added up."""
     order = list(range(count))
     Random(count).shuffle(order)
-    return order, list(accumulate(1 / (rank + 1) for rank in range(1, count + 1)))
+    return order, list(accumulate((rank + 1) ** -exponent for rank in range(1, count + 1)))
 
 
 # ---- slots -----------------------------------------------------------------------------------------------------------
@@ -269,6 +274,14 @@ CATEGORIES: dict[str, list[str]] = {
     "season": SEASONS, "meal": MEALS, "event": EVENTS, "went": MOVES, "manner": MANNERS, "day_kind": DAY_KINDS,
     "song": SONGS, "song_kind": SONG_KINDS,
 }  # fmt: skip
+
+
+def vocabulary() -> list[str]:
+    """Every word of the lists, once, in alphabetical order."""
+    lists = [*CATEGORIES.values(), GIRLS, BOYS, OBJECTS, ADJECTIVES, TASKS, INDOOR_SPOTS, OUTDOOR_SPOTS]
+    lists.append(list(PLACE_PREPOSITIONS))
+    return sorted({word for entries in lists for entry in entries for word in entry.split()})
+
 
 _A_DESPITE_VOWEL = frozenset({"useful", "ukulele", "unicorn"})
 

@@ -1,4 +1,4 @@
-"""Little stories in which things move and people remember, each with one question that has one right answer.
+"""Little stories in which things move and people remember, each with questions that have one right answer.
 
 `generate_story(seed, index)` is a pure function: it picks a kind of question, a plot that can raise it, people, places
 and things, and then plays the plot in a small simulated world. Nobody gives what they do not hold or is in two places,
@@ -23,23 +23,27 @@ HELD_OUT_SEED = 1
 
 # How often each kind of question is asked, in percent.
 QUESTION_SHARES = {
-    "where_object": 22,
+    "where_object": 24,
     "who_has": 14,
     "where_person": 13,
-    "who_gave": 8,
+    "who_gave": 9,
     "what_received": 8,
     "promised": 8,
-    "colour": 5,
-    "material": 5,
+    "colour": 6,
+    "material": 6,
     "who_is": 6,
-    "thinks": 11,
+    "thinks": 6,
 }
 _KINDS, _SHARES = list(QUESTION_SHARES), list(QUESTION_SHARES.values())
 
 
 @dataclass(frozen=True)
 class Story:
-    """`text` is the whole document, from the opening to the answer; `kind` is a key of `QUESTION_SHARES`."""
+    """`text` is the whole document, from the opening to the last answer.
+
+    `question` and `answer` are the last of its questions and that one's answer, and `kind`, a key of `QUESTION_SHARES`,
+    is theirs. Up to two questions of other kinds stand before it, with their answers.
+    """
 
     text: str
     question: str
@@ -53,13 +57,14 @@ def generate_story(seed: int, index: int) -> Story:
     kind = rng.choices(_KINDS, _SHARES)[0]
     teller = Teller(rng, kind)
     rng.choice(PLOTS_BY_KIND[kind])(teller)
-    question, answer = teller.ask()
+    asked = teller.ask()
     body = teller.finish()
-    return Story(f"{body}\nQuestion: {question}\nAnswer: {answer}", question, answer, kind)
+    lines = [body, *(f"Question: {question}\nAnswer: {answer}" for question, answer in asked)]
+    return Story("\n".join(lines), *asked[-1], kind)
 
 
 def prompt_of(story: Story) -> str:
-    """The text up to and including "Answer:"; the answer follows after a space."""
+    """The text up to and including the last "Answer:"; the answer follows after a space."""
     return story.text[: -len(story.answer) - 1]
 
 

@@ -42,17 +42,15 @@ _TIMES = (
     "Long ago, on {an_weather} {daytime},",
 )
 
+# A newcomer is announced, as a thing is by its "a": a name that begins a sentence is always a known one.
+_MEANWHILE = ("Meanwhile,", "At that time,")
+_WAS = ("was", "was waiting", "was busy", "was resting")
+
 # What happens: kind -> its sentences. Each kind has one meaning, whatever the wording.
 _PLOT: dict[str, tuple[str, ...]] = {
     # people appear
-    "meet": (
-        "{a} was {at}.",
-        "{a} was waiting {at}.",
-        "{a} was busy {at}.",
-        "{a} stood {at}.",
-        "{a} was resting {at}.",
-    ),
-    "meet_job": ("{a}, {an_job}, was {at}.", "{a}, {an_job}, was waiting {at}.", "{a}, {an_job}, was busy {at}."),
+    "meet": tuple(f"{while_} {{a}} {was} {{at}}." for while_ in _MEANWHILE for was in _WAS),
+    "meet_job": tuple(f"{while_} {{a}}, {{an_job}}, {was} {{at}}." for while_ in _MEANWHILE for was in _WAS),
     "job": ("{a} was {an_job}.", "{a} worked as {an_job}.", "{a} had always been {an_job}."),
     # things appear
     "has": (
@@ -210,7 +208,13 @@ _PLOT: dict[str, tuple[str, ...]] = {
     ),
 }
 
-_OPENINGS = {"open": "{a} was {at}.", "open_job": "{a}, {an_job}, was {at}.", "open_both": "{a} and {b} were {at}."}
+_OPENINGS = {
+    "open": "{a} was {at}.",
+    "open_job": "{a}, {an_job}, was {at}.",
+    "open_both": "{a} and {b} were {at}.",
+    "open_alone": "{a} was alone {at}.",
+    "open_job_alone": "{a}, {an_job}, was alone {at}.",
+}
 
 # Questions: kind -> its wording. `job` is asked with the word, `o` and `a` with what they name.
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -224,6 +228,20 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "material": ("What is the {o} made of?",),
     "who_is": ("Who is the {job}?",),
     "thinks": ("Where does {a} think the {o} is?",),
+}
+
+# Answers: kind -> the sentence that says it, with what was asked for in the slot `answer`.
+ANSWERS: dict[str, str] = {
+    "where_object": "The {o} is {answer}.",
+    "who_has": "The {o} is with {answer}.",
+    "where_person": "{a} went to the {answer}.",
+    "who_gave": "{b} got the {o} from {answer}.",
+    "what_received": "{b} got the {answer}.",
+    "promised": "{a} promised to {answer}.",
+    "colour": "The {o} is {answer}.",
+    "material": "The {o} is made of {answer}.",
+    "who_is": "The {job} is {answer}.",
+    "thinks": "{a} thinks that the {o} is {answer}.",
 }
 
 OPENINGS = tuple(Template(kind, f"{time} {tail}") for kind, tail in _OPENINGS.items() for time in _TIMES)

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass, field
 
 from dsv3_mini.data import lexicon
+from dsv3_mini.data.story_grammar import ANSWERS, QUESTIONS
 from dsv3_mini.data.story_reader import (
     Reading,
     Unreadable,
@@ -60,7 +61,7 @@ def judge_story(text: str) -> Verdict:
     count = len(sentences)
     try:
         readings = _read_body(sentences)
-        question, answer = _read_end(rest, readings)
+        asked = _read_end(rest, readings)
     except _Fault as fault:
         return Verdict(False, False, None, str(fault), count)
     world = _World()
@@ -69,11 +70,13 @@ def judge_story(text: str) -> Verdict:
             world.happen(reading)
         except _Fault as fault:
             return Verdict(True, False, None, f"{fault}: {sentence!r}", count)
-    right = world.answers(question)
-    if right == {answer}:
-        return Verdict(True, True, True, None, count)
-    wanted = "no answer" if not right else "several answers" if len(right) > 1 else f"the answer {min(right)!r}"
-    return Verdict(True, True, False, f"{rest[0]!r} has {wanted}, not {answer!r}", count)
+    for question, answer in asked:
+        right = world.answers(question)
+        if right != {answer}:
+            wanted = "no answer" if not right else "several answers" if len(right) > 1 else f"the answer {min(right)!r}"
+            problem = f"{QUESTIONS[question.kind][0].format(**question.slots)!r} has {wanted}, not {answer!r}"
+            return Verdict(True, True, False, problem, count)
+    return Verdict(True, True, True, None, count)
 
 
 class _Fault(Exception):
@@ -118,30 +121,42 @@ def _read_body(sentences: list[str]) -> list[Reading]:
     return readings
 
 
-def _read_end(lines: list[str], readings: list[Reading]) -> tuple[Reading, str]:
-    """Question and answer: about what the story holds, and in the form that fits."""
+def _read_end(lines: list[str], readings: list[Reading]) -> list[tuple[Reading, str]]:
+    """The questions and what their answers say."""
     _require(len(lines) >= 1 and lines[0].startswith("Question: "), "no question")
-    _require(len(lines) >= 2 and lines[1].startswith("Answer: "), "no answer")
-    _require(len(lines) == 2, f"text after the answer: {lines[-1]!r}")
+    asked = []
+    for number in range(0, len(lines), 2):
+        question, *answer = lines[number : number + 2]
+        _require(question.startswith("Question: "), f"text after the answer: {question!r}")
+        _require(len(answer) == 1 and answer[0].startswith("Answer: "), "no answer")
+        asked.append(_read_pair(question, answer[0].removeprefix("Answer: "), readings))
+    return asked
+
+
+def _read_pair(asked: str, reply: str, readings: list[Reading]) -> tuple[Reading, str]:
+    """A question and what its answer says: about what the story holds, and in the form that fits."""
     try:
-        question = read_question(lines[0].removeprefix("Question: "))
+        question = read_question(asked.removeprefix("Question: "))
     except Unreadable as error:
-        raise _Fault(f"{error}: {lines[0]!r}") from None
+        raise _Fault(f"{error}: {asked!r}") from None
     slots = question.slots
     people = {r.slots[slot] for r in readings for slot in "ab" if slot in r.slots}
     things = {r.slots["new"].split(" ")[1] for r in readings if "new" in r.slots}
     jobs = {r.slots["job"] for r in readings if "job" in r.slots}
     for slot, present in (("a", people), ("b", people), ("o", things), ("job", jobs)):
         if slot in slots:
-            _require(slots[slot] in present, f"{slots[slot]!r} is not in the story: {lines[0]!r}")
-    answer = lines[1].removeprefix("Answer: ")
+            _require(slots[slot] in present, f"{slots[slot]!r} is not in the story: {asked!r}")
+    before, after = ANSWERS[question.kind].format(answer="\n", **slots).split("\n")
+    refusal = f"{reply!r} does not answer {asked!r}"
+    _require(reply.startswith(before) and reply.endswith(after), refusal)
+    answer = reply[len(before) : len(reply) - len(after)]
     match question.kind:
         case "where_object" | "thinks":
             fits = is_place_phrase(answer)
         case "where_person":
-            fits = answer.startswith("to the ") and answer.removeprefix("to the ") in lexicon.PLACE_PREPOSITIONS
+            fits = answer in lexicon.PLACE_PREPOSITIONS
         case "what_received":
-            fits = answer.startswith("the ") and answer.removeprefix("the ") in things
+            fits = answer in things
         case "promised":
             fits = is_task(answer)
         case "colour":
@@ -150,7 +165,7 @@ def _read_end(lines: list[str], readings: list[Reading]) -> tuple[Reading, str]:
             fits = answer in lexicon.MATERIALS
         case _:
             fits = answer in people
-    _require(fits, f"{answer!r} does not answer {lines[0]!r}")
+    _require(fits, refusal)
     return question, answer
 
 
@@ -189,7 +204,7 @@ class _World:
         if "job" in slots:
             self.jobs.append((slots["job"], a))
         match reading.kind:
-            case "open" | "open_job" | "open_both" | "meet" | "meet_job":
+            case "open" | "open_job" | "open_both" | "open_alone" | "open_job_alone" | "meet" | "meet_job":
                 for person in filter(None, (a, b)):
                     self._appear(person, _place_of(phrase))
             case "has" | "makes":
@@ -274,13 +289,13 @@ class _World:
             case "who_has":
                 return {self.hands[thing]} if thing in self.hands else set()
             case "where_person":
-                return {f"to the {self.arrived[a]}"} if a in self.arrived else set()
+                return {self.arrived[a]} if a in self.arrived else set()
             case "who_gave":
                 return {
                     giver for kind, giver, o, to in self.handed if kind in ("give", "back") and (o, to) == (thing, b)
                 }
             case "what_received":
-                return {f"the {o}" for _, giver, o, receiver in self.handed if (giver, receiver) == (a, b)}
+                return {o for _, giver, o, receiver in self.handed if (giver, receiver) == (a, b)}
             case "promised":
                 return {task for person, task in self.promises if person == a}
             case "colour" | "material":

@@ -20,10 +20,8 @@ def _fetch(t: Teller) -> None:
     t.take_and_go(a, thing, there)
     if t.kind == "where_object" or t.chance(0.6):
         t.put(a, thing)
-        if t.chance(0.5):
-            t.go(a, t.new_place())
-    if b not in t.moved and t.chance(0.4):
-        t.go(b, t.new_place())
+    if t.kind == "where_person" and t.chance(0.5):
+        t.go(t.rng.choice((a, b)), t.new_place())
 
 
 def _gift(t: Teller) -> None:
@@ -36,7 +34,7 @@ def _gift(t: Teller) -> None:
         t.say("wants", a=b, o=thing)
     t.go(a, there)
     t.hand(a, thing, b)
-    if t.chance(0.4):
+    if t.kind != "who_has" and t.chance(0.4):
         t.say("thanks", a=b, b=a)
     if t.kind == "where_object" or (t.kind not in ("who_has",) and t.chance(0.4)):
         t.put(b, thing) if t.chance(0.4) else t.carry_put(b, thing, t.new_place())
@@ -83,8 +81,6 @@ def _belief(t: Teller) -> None:
     if t.chance(0.7):
         t.say("misses", a=leaver)
     t.suspects = [leaver] if t.chance(0.8) else [mover]
-    if t.chance(0.3):
-        t.go(mover, t.new_place())
 
 
 def _vow(t: Teller) -> None:
@@ -96,7 +92,7 @@ def _vow(t: Teller) -> None:
         t.say("bond", a=a, b=b)
     thing = t.has(t.rng.choice((a, b))) if t.kind == "colour" or t.chance(0.4) else None
     t.promise(a, b)
-    if t.chance(0.7):
+    if t.chance(0.25):
         t.promise(b, a)
     if thing and t.chance(0.5):
         giver = t.holder[thing]
@@ -172,7 +168,7 @@ def _errand(t: Teller) -> None:
     t.say("asks", a=a, b=b, o=thing, to=there)
     t.hand(a, thing, b)
     t.carry_put(b, thing, there)
-    if t.chance(0.5):
+    if t.kind == "where_person" and t.chance(0.5):
         t.go(t.rng.choice((a, b)), t.new_place())
 
 
@@ -234,7 +230,8 @@ def _shop(t: Teller) -> None:
     t.go(b, here)
     t.say("wants", a=b, o=thing)
     t.hand(a, thing, b, "sell")
-    t.go(b, t.new_place())
+    if t.kind != "who_has" or t.chance(0.3):
+        t.go(b, t.new_place())
     if other and t.kind != "who_has" and t.chance(0.5):
         t.put(b, other)
 
@@ -264,7 +261,8 @@ def _craft(t: Teller) -> None:
     thing = t.has(a, "makes")
     t.go(b, here)
     t.hand(a, thing, b)
-    t.say("thanks", a=b, b=a)
+    if t.kind != "who_has":
+        t.say("thanks", a=b, b=a)
     if t.chance(0.5) and t.kind != "who_has":
         t.put(b, thing)
     elif t.chance(0.5):
@@ -286,7 +284,7 @@ def _pair(t: Teller) -> None:
         t.carry_put(taker, thing, t.new_place()) if t.chance(0.5) else t.put(taker, thing)
     elif t.chance(0.6):
         t.hand(taker, thing, other)
-    if t.kind == "where_person" or t.chance(0.3):
+    if t.kind == "where_person":
         t.go(t.rng.choice((a, b)), t.new_place())
 
 
@@ -351,8 +349,8 @@ _PLOTS: dict[Callable[[Teller], None], tuple[str, ...]] = {
     _treasure: ("where_object", "where_person", "colour", "material"),
     _together: ("where_object", "who_has", "who_gave", "what_received", "colour", "material", "who_is"),
 }
-_SHORT = (_alone, _treasure, _together)  # told three times as often as the others
+_SHORT = (_alone, _treasure, _together)  # told five times as often as the others
 PLOTS_BY_KIND = {
-    kind: [plot for plot, kinds in _PLOTS.items() if kind in kinds for _ in range(3 if plot in _SHORT else 1)]
+    kind: [plot for plot, kinds in _PLOTS.items() if kind in kinds for _ in range(5 if plot in _SHORT else 1)]
     for kind in QUESTIONS
 }

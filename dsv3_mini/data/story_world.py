@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dsv3_mini.data import lexicon
-from dsv3_mini.data.story_grammar import QUESTIONS, TEMPLATES
+from dsv3_mini.data.story_grammar import ANSWERS, QUESTIONS, TEMPLATES
 
-# Without question and answer; a plot's own sentences may ask for one more. Short stories teach a small model soonest
+Word = TypeVar("Word")
+
+# Without questions and answers; a plot's own sentences may ask for one more. Short stories teach a small model soonest
 # that what was named comes back: there, less else stands between a name and its return.
-MIN_SENTENCES, MAX_SENTENCES = 3, 10
+MIN_SENTENCES, MAX_SENTENCES = 3, 8
+MAX_QUESTIONS = 3
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
 
@@ -77,16 +81,35 @@ _MADE_THINGS = [(thing, materials) for thing, materials in _THINGS if materials]
 # ---- the world -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Told:
+    """One sentence of the plot, with the words in its slots."""
+
+    sentence: str
+    kind: str
+    slots: dict[str, str]
+
+    @property
+    def subject(self) -> str | None:
+        return None if self.kind in _CROWDS else self.slots.get("a")
+
+    @property
+    def latest(self) -> str | None:
+        """Who was named last."""
+        return self.slots.get("b") or self.slots.get("a")
+
+
 @dataclass
 class Teller:
     """The world of one story, and the sentences told about it so far."""
 
     rng: random.Random
     kind: str
-    told: list[tuple[str, str | None, int]] = field(default_factory=list)  # sentence, its subject, people known by then
+    told: list[Told] = field(default_factory=list)
     people: list[str] = field(default_factory=list)
     place: dict[str, str] = field(default_factory=dict)  # person -> place
     moved: set[str] = field(default_factory=set)
+    last_moved: str | None = None
     holder: dict[str, str] = field(default_factory=dict)  # thing -> person
     where: dict[str, tuple[str, str]] = field(default_factory=dict)  # thing -> place, and the phrase that says where
     belief: dict[tuple[str, str], str] = field(default_factory=dict)  # (person, thing) -> the phrase they remember
@@ -102,27 +125,32 @@ class Teller:
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
 
+    def returning(self, words: Sequence[Word]) -> Word:
+        """A word for what the story comes back to."""
+        return lexicon.draw(self.rng, words, lexicon.RETURNING)
+
     # ---- casting
 
     def cast(self, count: int) -> list[str]:
-        """People whose names begin with different letters."""
+        """People whose names begin with different letters: of two, one is a girl and one a boy."""
         names: list[str] = []
+        girl = self.chance(0.5)
         while len(names) < count:
-            name = lexicon.draw(self.rng, lexicon.GIRLS if self.chance(0.5) else lexicon.BOYS)
+            name = self.returning(lexicon.GIRLS if girl == (len(names) % 2 == 0) else lexicon.BOYS)
             if all(name[0] != other[0] for other in names):
                 names.append(name)
         return names
 
     def new_place(self) -> str:
         while True:
-            place = lexicon.draw(self.rng, lexicon.INDOOR_PLACES if self.chance(0.55) else lexicon.OUTDOOR_PLACES)
+            place = self.returning(lexicon.INDOOR_PLACES if self.chance(0.55) else lexicon.OUTDOOR_PLACES)
             if place not in self.used:
                 self.used.add(place)
                 return place
 
     def new_spot(self, place: str) -> str:
         while True:
-            spot = lexicon.draw(self.rng, lexicon.INDOOR_SPOTS if place in _INDOORS else lexicon.OUTDOOR_SPOTS)
+            spot = self.returning(lexicon.INDOOR_SPOTS if place in _INDOORS else lexicon.OUTDOOR_SPOTS)
             noun = spot.rsplit(" ", 1)[1]
             if noun not in self.used:
                 self.used.add(noun)
@@ -130,7 +158,7 @@ class Teller:
 
     def new_thing(self) -> tuple[str, str]:
         """A thing that the story does not have yet, and its introduction: ("lantern", "a copper lantern")."""
-        thing, materials = lexicon.draw(self.rng, _MADE_THINGS if self.kind == "material" else _THINGS)
+        thing, materials = self.returning(_MADE_THINGS if self.kind == "material" else _THINGS)
         if any(thing[0] == other[0] for other in self.adjective):
             return self.new_thing()
         if materials is None:
@@ -143,25 +171,27 @@ class Teller:
             adjectives = lexicon.COLOURS
         else:
             adjectives = self.rng.choice((lexicon.COLOURS, lexicon.QUALITIES, materials or lexicon.QUALITIES))
-        adjective = lexicon.draw(self.rng, adjectives)
+        adjective = self.returning(adjectives)
         self.adjective[thing] = adjective
         return thing, f"{lexicon.article(adjective)} {adjective} {thing}"
 
     # ---- telling
 
     def say(self, kind: str, **slots: str) -> None:
-        subject = slots.get("a")
-        sentence = _render(self.rng, kind, slots, subject or "")
-        self.told.append((sentence, None if kind in _CROWDS else subject, len(self.people)))
+        sentence = _render(self.rng, kind, slots, slots.get("a", ""))
+        self.told.append(Told(sentence, kind, slots))
 
     def open(self, *arrivals: tuple[str, str]) -> None:
         """The opening sentence, and one for everybody else who is somewhere when the story begins."""
-        jobs = self.rng.sample(lexicon.JOBS, len(arrivals))
-        wanted = 0.75 if self.kind == "who_is" else 0.12
-        with_job = [self.chance(wanted) for _ in arrivals]
-        if self.kind == "who_is" and not any(with_job):
+        jobs: list[str] = []
+        while len(jobs) < len(arrivals):
+            job = self.returning(lexicon.JOBS)
+            jobs += [job] if job not in jobs else []
+        with_job = [self.chance(0.12) for _ in arrivals]
+        if self.kind == "who_is":
             with_job[self.rng.randrange(len(arrivals))] = True
         together = len(arrivals) > 1 and arrivals[0][1] == arrivals[1][1] and not any(with_job[:2]) and self.chance(0.8)
+        alone = "_alone" if len(arrivals) == 1 else ""
         for number, ((name, place), job) in enumerate(zip(arrivals, jobs, strict=True)):
             self.people.append(name)
             self.place[name] = place
@@ -171,9 +201,9 @@ class Teller:
                 continue
             if with_job[number] and self.chance(0.7):
                 self.jobs[job] = name
-                kind, slots = "meet_job" if number else "open_job", {"an_job": f"{lexicon.article(job)} {job}"}
+                kind, slots = "meet_job" if number else f"open_job{alone}", {"an_job": f"{lexicon.article(job)} {job}"}
             else:
-                kind, slots = "meet" if number else "open", {}
+                kind, slots = "meet" if number else f"open{alone}", {}
             self.say(kind, a=name, at=lexicon.at(place), **slots)
             if with_job[number] and not slots:
                 self.jobs[job] = name
@@ -218,14 +248,18 @@ class Teller:
         self.say("sees_new", a=name, new=phrase, spot=spot)
         return thing
 
+    def _moves(self, *names: str) -> None:
+        self.moved.update(names)
+        self.last_moved = names[-1]
+
     def go(self, name: str, place: str) -> None:
         self.place[name] = place
-        self.moved.add(name)
+        self._moves(name)
         self.say("go", a=name, to=place)
 
     def go_both(self, a: str, b: str, place: str) -> None:
         self.place[a] = self.place[b] = place
-        self.moved |= {a, b}
+        self._moves(a, b)
         self.say("go_both", a=a, b=b, to=place)
 
     def take(self, name: str, thing: str) -> None:
@@ -237,7 +271,7 @@ class Teller:
         if self.chance(0.5):
             self._grasp(thing, name)
             self.place[name] = place
-            self.moved.add(name)
+            self._moves(name)
             self.say("take_go", a=name, o=thing, to=place)
         else:
             self.take(name, thing)
@@ -259,7 +293,7 @@ class Teller:
     def carry_put(self, name: str, thing: str, place: str) -> None:
         assert self.holder[thing] == name
         self.place[name] = place
-        self.moved.add(name)
+        self._moves(name)
         spot = self.new_spot(place)
         self._lay(thing, place, spot)
         self.say("carry_put", a=name, o=thing, to=place, spot=spot)
@@ -304,7 +338,7 @@ class Teller:
         self.say("thief", an_animal=phrase, An_animal=phrase.capitalize(), o=thing, at=lexicon.at(place))
 
     def promise(self, name: str, other: str | None = None) -> None:
-        task = lexicon.draw(self.rng, lexicon.TASKS)
+        task = self.returning(lexicon.TASKS)
         if task in self.promises.values():
             return self.promise(name, other)
         self.promises[name] = task
@@ -315,20 +349,31 @@ class Teller:
 
     # ---- the question, and the end
 
-    def ask(self) -> tuple[str, str]:
-        """The question of this story's kind, and its answer."""
-        slots, answer = self.rng.choice(list(self._questions()))
+    def ask(self) -> list[tuple[str, str]]:
+        """Questions with their answers: the last is of this story's kind, those before it are of other kinds."""
+        slots, answer = self.rng.choice(list(self._questions(self.kind)))
         self.asked_about = slots.get("o")
-        return self.rng.choice(QUESTIONS[self.kind]).format(**slots), answer
+        asked = [self._pair(self.kind, slots, answer)]
+        others = [kind for kind in QUESTIONS if kind != self.kind and any(self._questions(kind))]
+        for kind in self.rng.sample(others, min(len(others), self.rng.randrange(MAX_QUESTIONS))):
+            asked.insert(0, self._pair(kind, *self.rng.choice(list(self._questions(kind)))))
+        return asked
 
-    def _questions(self) -> Iterator[tuple[dict[str, str], str]]:
-        match self.kind:
+    def _pair(self, kind: str, slots: dict[str, str], answer: str) -> tuple[str, str]:
+        return self.rng.choice(QUESTIONS[kind]).format(**slots), ANSWERS[kind].format(answer=answer, **slots)
+
+    def _questions(self, kind: str) -> Iterator[tuple[dict[str, str], str]]:
+        """Every question of a kind that the story answers, and what its answer says."""
+        match kind:
             case "where_object":
                 yield from (({"o": thing}, phrase) for thing, (_, phrase) in self.where.items())
             case "who_has":
                 yield from (({"o": thing}, name) for thing, name in self.holder.items())
             case "where_person":
-                yield from (({"a": name}, f"to the {self.place[name]}") for name in self.people if name in self.moved)
+                moved = [name for name in self.people if name in self.moved]
+                yield from (
+                    ({"a": name}, self.place[name]) for name in moved for _ in range(1 + 9 * (name == self.last_moved))
+                )
             case "who_gave":
                 pairs = [(thing, receiver) for _, thing, receiver in self.gifts]
                 yield from (
@@ -339,14 +384,15 @@ class Teller:
             case "what_received":
                 pairs = [(giver, receiver) for giver, _, receiver in self.received]
                 yield from (
-                    ({"a": giver, "b": receiver}, f"the {thing}")
+                    ({"a": giver, "b": receiver}, thing)
                     for giver, thing, receiver in self.received
                     if pairs.count((giver, receiver)) == 1
                 )
             case "promised":
                 yield from (({"a": name}, task) for name, task in self.promises.items())
             case "colour" | "material":
-                yield from (({"o": thing}, adjective) for thing, adjective in self.adjective.items())
+                wanted = lexicon.COLOURS if kind == "colour" else lexicon.MATERIALS
+                yield from (({"o": thing}, word) for thing, word in self.adjective.items() if word in wanted)
             case "who_is":
                 yield from (({"job": job}, name) for job, name in self.jobs.items())
             case "thinks":
@@ -358,31 +404,29 @@ class Teller:
 
     def finish(self) -> str:
         """Fills the story up with small sentences, ends it, and joins it."""
-        if self.chance(0.7):
+        if self.kind not in ("where_person", "who_has") and self.chance(0.4):
             self._echo()
         pauses = list(range(1, len(self.told) + 1))
         self.rng.shuffle(pauses)
-        self.say("end", a=self.rng.choice(self.people))
+        self.say("end", a=self.told[-1].latest or self.people[-1])
         asides: dict[int, str] = {}
         target = self.rng.randint(MIN_SENTENCES, MAX_SENTENCES)
         while pauses and len(self.told) + len(asides) < target:
             position = pauses.pop()
-            asides[position] = self._aside(*self.told[position - 1][1:])
+            asides[position] = self._aside(self.told[position - 1])
         text: list[str] = []
-        for position, (sentence, _, _) in enumerate(self.told):
+        for position, told in enumerate(self.told):
             if position in asides:
                 text.append(asides[position])
-            text.append(sentence)
+            text.append(told.sentence)
         return " ".join(text)
 
-    def _aside(self, subject: str | None, known: int) -> str:
-        """A sentence that changes nothing, after a sentence about `subject`."""
-        kind = self.rng.choice(("scene", "scene", "feel", "feel_he"))
-        if kind == "feel":
-            subject = self.rng.choice(self.people[:known])
-        elif kind == "feel_he" and subject is None:
+    def _aside(self, before: Told) -> str:
+        """A sentence that changes nothing, after another."""
+        kind, subject = self.rng.choice(("scene", "scene", "feel", "feel_he")), before.subject
+        if subject is None and (kind == "feel_he" or before.latest is None):
             kind = "scene"
-        slots = {"a": subject} if kind == "feel" else {}
+        slots = {"a": before.latest} if kind == "feel" else {}
         return _render(self.rng, kind, slots, subject or "")
 
     def _echo(self) -> None:

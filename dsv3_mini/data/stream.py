@@ -30,6 +30,7 @@ from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
 
 MIXTURE = {"stories": 0.6, "sums": 0.2, "code": 0.1, "prose": 0.1}  # shares of the tokens
+WHOLE = frozenset({"stories", "sums"})  # told from beginning to end: no FIM
 SPLIT_RATE = 0.1  # of the tokens that join punctuation and line breaks; the report does not say its share
 STATE_FORMAT = 1
 
@@ -94,7 +95,8 @@ class TokenStream:
         seq_len: length of inputs and targets; rows hold one token more.
         mixture: corpus (see `corpora.load_corpus`) to its share of the tokens; shares are scaled to sum to 1.
         seed: of the order of documents, of FIM, splitting and the order of rows.
-        fim_rate: the share of documents with prefix, suffix, middle.
+        fim_rate: the share of documents with prefix, suffix, middle; stories and sums have none, as nobody edits them
+            and a small model that met `<|fim_hole|>` inside stories would write it there.
         split_rate: the share of joined tokens that are split.
         block_rows: rows a block has, about.
         text_column, allow_network: see `corpora.load_corpus`.
@@ -229,7 +231,7 @@ class TokenStream:
             name = max(self.mixture, key=lambda name: self.mixture[name] * total - position[name].tokens)
             text, cursor = self._sources[name].read(position[name].cursor)
             ids = self.tokenizer.split_joined(self.tokenizer.encode(text), self.split_rate, rng)
-            document = apply_fim(ids, self.tokenizer, self.fim_rate, rng)
+            document = apply_fim(ids, self.tokenizer, 0 if name in WHOLE else self.fim_rate, rng)
             documents.append(document)
             position[name] = Position(cursor, position[name].tokens + len(document))
             total += len(document)

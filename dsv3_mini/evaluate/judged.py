@@ -18,9 +18,9 @@ from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.inference.generate import complete
 from dsv3_mini.model import DeepSeekV3
 
-STORY_TOKENS = 220  # room for the longest story of the grammar
-JUDGED_CONTEXT = 256  # the least context that holds every prompt and its answer
-ANSWER_TOKENS = 16
+STORY_TOKENS = 256  # room for the longest story of the grammar
+JUDGED_CONTEXT = 288  # the least context that holds every prompt and its answer
+ANSWER_TOKENS = 20
 SUM_TOKENS = 80
 
 

@@ -34,11 +34,11 @@ def update_biases(model: DeepSeekV3, load: Mapping[int, Int[Tensor, " e"]], gamm
     """b_i += gamma * sign(mean load - load_i), in every router that has biases.
 
     Args:
-        load: layer number -> choices that fell on each expert in the whole batch.
+        load: layer number -> choices that fell on each expert in the whole batch; without MTP's if MTP did not run.
         gamma: the bias update speed; 0 leaves the biases alone.
     """
     for router in routers(model):
-        if router.e_score_correction_bias is not None and gamma:
+        if router.e_score_correction_bias is not None and gamma and router.layer in load:
             counted = load[router.layer].float()
             router.e_score_correction_bias += gamma * torch.sign(counted.mean() - counted)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv3_mini.data.packing import IGNORED
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.router import Routing
+from dsv3_mini.model.transformer import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,19 @@ def training_losses(
             batch's mean, and the parts add up to the same step however the batch is cut.
     """
     whole = targets if batch_targets is None else batch_targets
-    states = model.hidden_states(tokens, document_ids)
+    # At weight 0 the MTP modules do not run: that saves their time, and their experts see no load.
+    if mtp_weight:
+        states = model.hidden_states(tokens, document_ids)
+    else:
+        main_states, main_routing = model.main_states(tokens, document_ids)
+        states = HiddenStates(main_states, [], main_routing)
     head = model.lm_head.weight
     main = cross_entropy(states.main, head, targets, kept_targets(whole))
     zero = main.new_zeros(())
     # Depth j reads j tokens further, so its targets start j positions later.
     depths = [
         cross_entropy(hidden, head, targets[:, j:], kept_targets(whole[:, j:]))
-        for j, hidden in enumerate(states.mtp if mtp_weight else [], start=1)
+        for j, hidden in enumerate(states.mtp, start=1)
     ]
     mtp = torch.stack(depths).mean() if depths else zero
     balance = sum((sequence_balance_loss(r.scores, r.chosen.shape[-1]) for r in states.routing), zero)

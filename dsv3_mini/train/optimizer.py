@@ -48,12 +48,18 @@ class MasterAdamW:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def gradients(self) -> list[Tensor]:
-        """The masters' gradients, in one order in every process; zeros for a weight that no token of the batch used."""
-        for master in self.masters.values():
+    def gradients(self, resting: str | None = None) -> list[Tensor]:
+        """The masters' gradients, in one order in every process; zeros for a weight that no token of the batch used.
+
+        Args:
+            resting: weights whose names begin so are not trained in this step, by any process. They get no gradient, as
+                zeros would still let AdamW decay them.
+        """
+        trained = [m for name, m in self.masters.items() if resting is None or not name.startswith(resting)]
+        for master in trained:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        return [master.grad for master in self.masters.values()]
+        return [master.grad for master in trained]
 
     def clip_gradients(self, clip_norm: float) -> Tensor:
         """Scale the masters' gradients down to a norm of at most `clip_norm`; returns the norm before.

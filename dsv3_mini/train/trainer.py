@@ -115,6 +115,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         # Masters are taken from the FP32 initialisation, so that FP32 and BF16 runs start from the same weights.
         model = DeepSeekV3(cfg).to(device)
+        if recipe.head_from_embedding:
+            with torch.no_grad():
+                model.lm_head.weight.copy_(model.embed_tokens.weight)
         start = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.model = model.to(DTYPES[recipe.precision])
         self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start)
@@ -146,7 +149,7 @@ class Trainer:
             counter.add(losses.routing)
             sums += torch.stack([losses.main, losses.mtp, losses.balance])
         if self.replicas.count > 1:
-            self.replicas.add_up([*self.optimizer.gradients(), sums])
+            self.replicas.add_up([*self.optimizer.gradients(resting=None if mtp_lambda else "mtp."), sums])
             self.replicas.add_up(list(counter.load.values()))
         grad_norm = self.optimizer.clip_gradients(recipe.clip_norm)
         self._require_finite(grad_norm, "gradient norm")

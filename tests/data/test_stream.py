@@ -18,7 +18,7 @@ GENERATED = {"stories": 0.7, "sums": 0.3}
 PLAIN = dict(fim_rate=0.0, split_rate=0.0)
 
 
-def make(mixture=GENERATED, seq_len=600, **options) -> TokenStream:
+def make(mixture=GENERATED, seq_len=900, **options) -> TokenStream:
     return TokenStream(TOKENIZER, seq_len, mixture, **{"block_rows": 8, **options})
 
 
@@ -99,10 +99,14 @@ def test_every_document_once_an_epoch_and_in_another_order(corpus):
     assert sorted(first) == sorted(second) == sorted(texts) and first != second and first != texts
 
 
-def test_fim_and_splitting_happen_at_their_rates():
+def test_fim_and_splitting_happen_at_their_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    lines = [json.dumps({"text": generated_text("stories", "train", i)}) for i in range(300)]
+    (tmp_path / "tales.jsonl").write_text("\n".join(lines))
     ranks = [bytes([i]) for i in range(256)] + [b".\n"]
     tokenizer = Tokenizer.from_ranks(ranks)
-    rows = TokenStream(tokenizer, 600, {"stories": 1.0}, block_rows=200, fim_rate=0.3, split_rate=0.4).next_batch(200)
+    mixture = {str(tmp_path / "tales.jsonl"): 1.0}
+    rows = TokenStream(tokenizer, 900, mixture, block_rows=200, fim_rate=0.3, split_rate=0.4).next_batch(200)
     tokens = rows.flatten().tolist()
     documents = tokens.count(tokenizer.eos_id) - len(rows)
     assert tokens.count(tokenizer.fim_begin_id) / documents == pytest.approx(0.3, abs=0.1)
@@ -111,6 +115,11 @@ def test_fim_and_splitting_happen_at_their_rates():
     joined = tokens.count(256)
     apart = sum(a == ord(".") and b == ord("\n") for a, b in zip(tokens, tokens[1:], strict=False))
     assert apart / (joined + apart) == pytest.approx(0.4, abs=0.12)
+
+
+def test_what_is_generated_is_told_from_beginning_to_end():
+    rows = make(fim_rate=1.0, split_rate=0.0).next_batch(40)
+    assert TOKENIZER.fim_hole_id not in rows
 
 
 @pytest.mark.parametrize(("seq_len", "least"), [(256, 0.965), (512, 0.98)])

@@ -129,8 +129,6 @@ def test_each_fault_of_a_sample_is_its_own_score(monkeypatch: pytest.MonkeyPatch
             return text.replace(". ", " and flew to the moon. ", 1)  # not of the grammar
         if number < 10:
             answer = text.rsplit("Answer: ", 1)[1]
-            other = stories.generate_story(stories.HELD_OUT_SEED, 500 + number).answer
-            assert other != answer
             return text.removesuffix(answer) + answer[::-1]
         if number < 12:
             return text[: len(text) // 2]  # it ran out of breath

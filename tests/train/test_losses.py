@@ -139,13 +139,19 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
-def test_lambda_zero_leaves_the_modules_without_gradient() -> None:
+def test_at_lambda_zero_the_modules_do_not_run() -> None:
     model = deep_model()
     row = torch.randint(0, 512, (2, 13))
     losses = training_losses(model, row[:, :-1], row[:, 1:], mtp_weight=0.0, balance_weight=0.0)
     losses.total.backward()
     assert losses.mtp == 0 and losses.total == losses.main
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.mtp.parameters())
+    assert all(parameter.grad is None for parameter in model.mtp.parameters())
+    main_layers = [
+        r.layer
+        for r in training_losses(model, row[:, :-1], row[:, 1:], 0.3, 0.0).routing
+        if r.layer < len(model.layers)
+    ]
+    assert [r.layer for r in losses.routing] == main_layers
     assert model.lm_head.weight.grad.any()
 
 

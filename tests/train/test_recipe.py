@@ -76,7 +76,8 @@ def test_every_preset_keeps_the_reports_shape(name: str) -> None:
     assert rate(low) / peak == pytest.approx(0.05 if name == "tiny" else 0.1)
     assert recipe.batch_size(0) < recipe.batch_size(end)
     assert recipe.gamma(0) > recipe.gamma(end) == 0.0
-    assert recipe.mtp_lambda(0) == 0.3 and recipe.mtp_lambda(end) == 0.1
+    assert recipe.mtp_lambda(0) == (0.0 if name == "tiny" else 0.3), "tiny lets MTP rest at first"
+    assert recipe.mtp_lambda(0.8 * end if name == "tiny" else 0) == 0.3 and recipe.mtp_lambda(end) == 0.1
     assert math.isclose(sum(recipe.mixture.values()), 1.0)
     json.dumps(recipe_record(recipe))
 

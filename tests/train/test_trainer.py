@@ -412,3 +412,39 @@ def test_default_stream_reads_the_recipes_mixture(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path / "run", NANO, nano_recipe(seed=3), small_tokenizer())
     assert trainer.stream.mixture == {"stories": 0.6, "sums": 0.4} and trainer.stream.seed == 3
     assert isinstance(trainer.model, DeepSeekV3) and math.isfinite(trainer.train_step().loss)
+
+
+# ---- what a small model starts with ------------------------------------------------------------------------------------
+
+
+def test_mtp_rests_while_its_weight_is_zero(tmp_path: Path) -> None:
+    """Not a bit of it moves, not even by weight decay; then it trains as all else does."""
+    recipe = nano_recipe(steps=6, mtp_lambda=steps("mtp_lambda", 0.0, (3 * 4 * 32, 0.3)))
+    trainer = nano_trainer(tmp_path / "run", recipe)
+    start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    for _ in range(3):
+        report = trainer.train_step()
+        assert report.mtp_loss == 0 and set(report.load) == {1, 2}
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, start[name]) == name.startswith("mtp."), name
+    report = trainer.train_step()
+    assert report.mtp_loss > 0 and set(report.load) == {1, 2, 3}
+    assert not any(torch.equal(p, start[n]) for n, p in trainer.model.named_parameters() if p.ndim > 1)
+
+
+def test_resting_weights_get_no_gradient_to_share(tmp_path: Path) -> None:
+    optimizer = nano_trainer(tmp_path / "run").optimizer
+    shared = optimizer.gradients(resting="mtp.")
+    assert len(shared) == sum(not name.startswith("mtp.") for name in optimizer.masters)
+    for name, master in optimizer.masters.items():
+        assert (master.grad is None) == name.startswith("mtp.")
+    assert len(optimizer.gradients()) == len(optimizer.masters)
+
+
+def test_the_head_can_start_as_the_embedding(tmp_path: Path) -> None:
+    for copied in (True, False):
+        trainer = nano_trainer(tmp_path / str(copied), nano_recipe(head_from_embedding=copied))
+        head, embedding = trainer.model.lm_head.weight, trainer.model.embed_tokens.weight
+        assert torch.equal(head, embedding) == copied
+        trainer.train_step()
+        assert not torch.equal(head, embedding), "they part with the first step"

@@ -21,7 +21,10 @@ def training_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
         loss, bits, balance = figure.subplots(1, 3)
         loss.plot(millions, [line["loss"] for line in steps], color=COLOURS[0], alpha=0.35, linewidth=0.8)
         loss.plot(millions, smooth([line["loss"] for line in steps]), color=COLOURS[0], label="next token")
-        loss.plot(millions, smooth([line["mtp_loss"] for line in steps]), color=COLOURS[1], label="second token (MTP)")
+        # MTP may rest at first: its loss, and the load of its experts, begin later.
+        mtp = [(line["tokens"] / 1e6, line["mtp_loss"]) for line in steps if line["mtp_loss"]]
+        if mtp:
+            loss.plot([x for x, _ in mtp], smooth([y for _, y in mtp]), color=COLOURS[1], label="second token (MTP)")
         loss.set(title="Loss", xlabel="tokens seen (millions)", ylabel="nats per token", ylim=(0, None))
         loss.legend()
         for domain in evaluations[-1]["bits_per_byte"] if evaluations else ():
@@ -31,8 +34,9 @@ def training_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
         if evaluations:
             bits.legend()
         for i, layer in enumerate(steps[-1]["max_vio"] if steps else ()):
-            values = smooth([line["max_vio"][layer] for line in steps])
-            balance.plot(millions, values, label=f"layer {layer}", color=COLOURS[i % len(COLOURS)])
+            seen = [(line["tokens"] / 1e6, line["max_vio"][layer]) for line in steps if layer in line["max_vio"]]
+            values = smooth([y for _, y in seen])
+            balance.plot([x for x, _ in seen], values, label=f"layer {layer}", color=COLOURS[i % len(COLOURS)])
         balance.set(title="Imbalance", xlabel="tokens seen (millions)", ylabel="MaxVio (0 = even)", ylim=(0, None))
         if steps and steps[-1]["max_vio"]:
             balance.legend()
