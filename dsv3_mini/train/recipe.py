@@ -149,7 +149,6 @@ def tiny() -> Recipe:
         head_from_embedding=True,
         mixture={"stories": 0.76, "sums": 0.12, "code": 0.06, "prose": 0.06},
         log_every=20,
-        evaluate_every=1_000_000,
     )
 
 
