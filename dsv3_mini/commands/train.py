@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=whole(1, most=1024), default=1, help="share each batch among so many processes (default: 1)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--judge", type=whole(0), default=32, help="samples to judge at each evaluation (default: 32)")
+    parser.add_argument("--judge", type=whole(0), default=16, help="samples to judge at each evaluation (default: 16)")
     parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
 
 
