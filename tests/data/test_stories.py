@@ -64,9 +64,9 @@ def test_stories_are_rich_in_words_and_of_many_lengths(train: list[Story]) -> No
     words = {word.strip(".,?").lower() for story in train for word in story.text.split()}
     assert len(words) >= 1200
     lengths = sorted(len(story.text.split()) for story in train)
-    assert lengths[0] >= 20 and lengths[-1] <= 150
-    assert lengths[len(lengths) // 10] < 55 and lengths[-len(lengths) // 10] > 75, "some are short, some are long"
-    assert all(3 <= len(sentences_of(story.text)) <= 14 for story in train)
+    assert lengths[0] >= 20 and lengths[-1] <= 200
+    assert lengths[len(lengths) // 10] < 65 and lengths[-len(lengths) // 10] > 110, "some are short, some are long"
+    assert all(3 <= len(sentences_of(story.text)) <= 24 for story in train)
 
 
 @pytest.mark.parametrize("exponent", [lexicon.PASSING, lexicon.RETURNING])
@@ -116,9 +116,9 @@ def test_answers_are_sentences_that_say_a_short_span_of_the_story(some: list[Sto
             assert 1 <= len(said(answer).split()) <= 4
 
 
-def test_a_story_asks_one_to_three_questions_each_of_another_kind(train: list[Story]) -> None:
+def test_a_story_asks_one_to_four_questions_each_of_another_kind(train: list[Story]) -> None:
     counts = Counter(story.text.count("\nQuestion: ") for story in train)
-    assert set(counts) == {1, 2, 3} and min(counts.values()) > 0.2 * len(train)
+    assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 0.1 * len(train)
     for story in train[:4000]:
         kinds = [read_question(line.removeprefix("Question: ")).kind for line in story.text.split("\n")[1::2]]
         assert len(set(kinds)) == len(kinds) and kinds[-1] == story.kind
