@@ -161,7 +161,7 @@ check.tokens_after(tokens_after)
 
 # %% [markdown]
 # Now the curves. In the package a recipe is an object with one schedule for each setting, and the report's is a preset.
-# Beside it stands the recipe of the tiny model: the same shapes, 700,000 times shorter.
+# Beside it stands the recipe of the tiny model: the same shapes, a million times shorter.
 
 # %%
 from dsv3_mini.train.recipe import Recipe
@@ -199,7 +199,7 @@ def package_rate(recipe: Recipe, share: float) -> float:
 
 same(my_rate, package_rate, *[(recipe, i / 40) for recipe in (report, own) for i in range(41)])
 same(tokens_after, lambda n, batch, s: schedules.tokens_after(n, batch, schedules.constant("context", s)),
-     (2000, report.batch_size, 4096), (500, own.batch_size, 176))  # fmt: skip
+     (2000, report.batch_size, 4096), (500, own.batch_size, round(own.context(0))))  # fmt: skip
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 3 · One step of AdamW
@@ -294,6 +294,7 @@ def package_adamw(weight, gradient, first, second, step, learning_rate, weight_d
     return model["weight"].detach(), state["exp_avg"], state["exp_avg_sq"]
 
 
+# %%
 def package_clip(gradients, largest):
     model = nn.ParameterDict({str(i): nn.Parameter(torch.zeros_like(g)) for i, g in enumerate(gradients)})
     for parameter, gradient in zip(model.values(), gradients, strict=True):
@@ -439,7 +440,7 @@ resume_figure(whole, resumed, STOPPED)
 # the right is your machine's: tokens a second.
 #
 # The whole recipe is stretched to the length that you choose, all five pieces of it. The shortest takes about half a
-# minute on one core; after a tenfold one, some minutes, the stories begin to sound like stories.
+# minute on one core, the tenfold one minutes.
 
 # %%
 from dsv3_mini.viz.widgets.pretrain import TrainingBoard
@@ -454,8 +455,8 @@ board
 # each domain, lets the model write, and has the grammar of the stories (lesson 03) read every sentence.
 #
 # **What to expect before you run it.** A model that knows nothing pays about $\ln 4096 = 8.3$ nats for each token. All
-# four domains get better, sums first: few words, strict rules. The gradient norm starts high and falls below the clip.
-# And though nobody tells them what to do, no expert is left without work.
+# four domains get better, stories and sums first: few words, strict rules. The gradient norm starts high and falls. And
+# the biases see to it that no expert is left without work.
 
 # %%
 board.train()
@@ -465,8 +466,9 @@ better = {domain: first["bits_per_byte"][domain] > last["bits_per_byte"][domain]
 print("before the first step, nats per token lie within one of ln v:", end=" ")
 print(all(abs(loss - math.log(SHAPE.vocab_size)) < 1 for loss in first["validation_loss"].values()))
 print("bits per byte fell in every domain:", all(better.values()))
-least = min(min(load) * len(load) / sum(load) for load in history[-1]["load"].values())
-print("in the last batch every expert has at least a fifth of an even share:", least > 0.2)
+late = {layer: [sum(n) for n in zip(*(line["load"][layer] for line in history[-20:]), strict=True)] for layer in "123"}
+least = min(min(load) * len(load) / sum(load) for load in late.values())
+print("in the last 20 steps every expert has at least a quarter of an even share:", least > 0.25)
 assert board.ended and all(better.values())
 
 # %%
@@ -475,17 +477,20 @@ board.figure()
 # %% [markdown]
 # Read it panel by panel.
 #
-# - **Loss** and **held-out text** show the same thing in two units. In nats per *token*, code looks about as hard as prose.
-#   But a token of prose is a word and one of code often a bracket: per *byte* they are comparable, and with models that
-#   have another tokenizer, too. (Report, section 4.4.) The dotted line is MTP's loss, which counts only in training.
-# - **Judged** asks the grammar, sentence by sentence. The loss falls smoothly; this stays at 0 for long and then climbs,
-#   since a sentence with one wrong word is wrong.
-# - **Learning rate** has the five pieces. Look at what the losses do in the piece in which it falls: a good part of the
-#   gain comes at the end.
+# - **Loss** and **held-out text** show the same thing in two units. Before the first step all domains cost the same per
+#   *token*, about $\ln v$: a model that knows nothing is as wrong about everything. Per *byte* they lie far apart, because
+#   a token of a story is a word and one of a sum a digit. Only bytes are the same to every tokenizer, so that models can be
+#   compared by them (section 4.4). The dotted line is MTP's loss, which counts only in training.
+# - **Judged** asks the grammar, sentence by sentence. The losses fall smoothly from the first step on; this stays near 0
+#   for half of the run and then climbs, since a sentence with one wrong word is wrong.
+# - **Learning rate** has the five pieces. Compare it with *judged*: the sentences come right while the rate falls.
+# - **Gradient norm**: above the line every step is cut; here that is most of the run.
 # - **Load**, **bias**, **MaxVio** are lesson 09's. When the loss falls fast, routers change fast, and balance is worst.
 #
-# Now go back to the top of this notebook. The long run has the same panels, with one more: questions answered.
-# What came first there, sentences or answers?
+# Now go back to the top of this notebook. The long run, a hundred times longer, has two more curves in *judged*: questions
+# about stories that are answered, and sums that come out. Look at the sums: near 0 for long, while their loss
+# falls; then within a few more nearly all of them. And what takes longest is not grammar, but to keep in mind where
+# things are.
 
 # %%
 from dsv3_mini.viz.figures import png
@@ -633,10 +638,16 @@ print(f"the 2,000 steps of the warm-up: {warm / 1e9:.1f} billion tokens, {warm /
 from dsv3_mini.ledger import H800_PEAK, REPORT_RUN, flops_per_token, sustained_flops
 
 large = dsv3.ModelConfig.preset("671b")
-print(f"{cost.gpu_hours / 1e3:,.0f} thousand hours on {cost.gpus:,} H800: {cost.days:.0f} days, {cost.dollars / 1e6:.2f}M dollars")
-print(f"that is {cost.gpu_hours / REPORT_RUN.hours:.0%} of all hours of the report, and {cost.days_per_trillion:.2f} days a trillion tokens")
+print(
+    f"{cost.gpu_hours / 1e3:,.0f} thousand hours on {cost.gpus:,} H800: {cost.days:.0f} days, {cost.dollars / 1e6:.2f}M dollars"
+)
+print(
+    f"that is {cost.gpu_hours / REPORT_RUN.hours:.0%} of all hours of the report, and {cost.days_per_trillion:.2f} days a trillion tokens"
+)
 speed = sustained_flops(flops_per_token(large).train, cost.hours_per_trillion)
-print(f"a GPU trains {cost.tokens_per_second_per_gpu:,.0f} tokens/s, {speed / 1e12:.0f} TFLOP/s: {speed / H800_PEAK:.0%} of its BF16 peak")
+print(
+    f"a GPU trains {cost.tokens_per_second_per_gpu:,.0f} tokens/s, {speed / 1e12:.0f} TFLOP/s: {speed / H800_PEAK:.0%} of its BF16 peak"
+)
 
 # %% [markdown]
 # The board says what *your* machine does: with a model six orders of magnitude smaller, a few times as many tokens a
@@ -650,7 +661,9 @@ print(f"masters in FP32 and AdamW's averages in BF16: {(state.master + state.mom
 seconds = full * 4096 / cost.tokens_per_second
 for every in (100, 1000, 10_000):
     lost = every / 2 * seconds * cost.gpus / 3600
-    print(f"a checkpoint every {every:>6,} steps ({every * seconds / 3600:4.1f} hours): a failure costs {lost:>6,.0f} GPU hours")
+    print(
+        f"a checkpoint every {every:>6,} steps ({every * seconds / 3600:4.1f} hours): a failure costs {lost:>6,.0f} GPU hours"
+    )
 
 # %% [markdown] tags=["recap"]
 # ## Recap

@@ -116,16 +116,14 @@ def thinned(lines: Sequence[Line], most: int) -> list[Line]:
 
 
 def reference_rows(
-    tokenizer: Tokenizer, context: int = 176, rows: int = 12, domains: Sequence[str] = DOMAINS
+    tokenizer: Tokenizer, context: int = 208, rows: int = 12, domains: Sequence[str] = DOMAINS
 ) -> dict[str, Int[Tensor, "b s"]]:
     """Held-out rows of every domain, to see whom experts serve."""
     return {domain: held_out_rows(domain, tokenizer, context, rows).tokens[:, :-1] for domain in domains}
 
 
 @torch.no_grad()
-def domain_loads(
-    model: DeepSeekV3, rows: Mapping[str, Int[Tensor, "b s"]], pad_id: int
-) -> Float[Tensor, "n l e"]:
+def domain_loads(model: DeepSeekV3, rows: Mapping[str, Int[Tensor, "b s"]], pad_id: int) -> Float[Tensor, "n l e"]:
     """The load that each domain brings to the experts of each sparse layer, in even shares; padding brings none."""
     loads = []
     for tokens in rows.values():

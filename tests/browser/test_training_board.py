@@ -55,7 +55,9 @@ def live(board: TrainingBoard, page: Page, tmp_path: Path) -> Page:
     text = path.read_text(encoding="utf-8")
     assert ALONE in text
     text = text.replace(ALONE, f"{ALONE} send: (wish) => (window.sent ??= []).push(wish),")
-    path.write_text(text.replace("render({ model, el: doc", "window.model = model; render({ model, el: doc"), encoding="utf-8")
+    path.write_text(
+        text.replace("render({ model, el: doc", "window.model = model; render({ model, el: doc"), encoding="utf-8"
+    )
     return shown_in(page, path)
 
 

@@ -190,7 +190,9 @@ tokens_after = Exercise(
             "you cut the batch off instead of rounding it: the schedule's 2.9 sequences are 3",
         ),
         Mistake(
-            lambda steps, batch_size, context: _tokens_with(steps, batch_size, 1, asked=lambda _, seen, __: seen * context),
+            lambda steps, batch_size, context: _tokens_with(
+                steps, batch_size, 1, asked=lambda _, seen, __: seen * context
+            ),
             "you count sequences: each has `context` tokens",
         ),
         Mistake(
@@ -238,7 +240,9 @@ def _reference_adamw(
     """torch's own optimizer, put into this state."""
     parameter = torch.nn.Parameter(weight.clone())
     decay = weight_decay if weight.ndim > 1 else 0.0
-    optimizer = torch.optim.AdamW([parameter], lr=learning_rate, betas=betas, eps=eps, weight_decay=decay, foreach=False)
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=learning_rate, betas=betas, eps=eps, weight_decay=decay, foreach=False
+    )
     kept = {"step": torch.tensor(float(step - 1)), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
     optimizer.state[parameter] = kept
     parameter.grad = gradient.clone()
@@ -282,10 +286,8 @@ def _adamw_with(
     if corrected:
         used = used if direction == "gradient" else used / (1 - one**step)
         spread = spread / (1 - two**step)
-    if eps_inside:
-        down = (spread + eps).sqrt()
-    else:
-        down = (spread.sqrt() if root else spread) + eps
+    under, beside = (eps, 0.0) if eps_inside else (0.0, eps)
+    down = ((spread + under).sqrt() if root else spread) + beside
     shrunk = weight * (1 - (learning_rate if by_rate else 1.0) * decay)
     return shrunk + sign * learning_rate * used / down, first, second
 
@@ -364,7 +366,9 @@ Clipped = tuple[list[Tensor], float]
 
 def _gradients(*sizes: float) -> Callable[[torch.Generator], list[Tensor]]:
     shapes = [(3, 4), (5,), (2, 2, 2)]
-    return lambda random: [size * torch.randn(shape, generator=random) for size, shape in zip(sizes, shapes, strict=False)]
+    return lambda random: [
+        size * torch.randn(shape, generator=random) for size, shape in zip(sizes, shapes, strict=False)
+    ]
 
 
 def _reference_clip(gradients: list[Tensor], largest: float) -> Clipped:
@@ -428,7 +432,9 @@ clip = Exercise(
         ),
         Mistake(
             lambda gradients, largest: _scaled(
-                gradients, min(1.0, largest / _reference_clip(gradients, 1.0)[1] ** 2), _reference_clip(gradients, 1.0)[1] ** 2
+                gradients,
+                min(1.0, largest / _reference_clip(gradients, 1.0)[1] ** 2),
+                _reference_clip(gradients, 1.0)[1] ** 2,
             ),
             "the root is missing: the norm is the root of the sum of squares",
         ),
@@ -488,7 +494,10 @@ def _parts(logits: Tensor, targets: Tensor, micro_batch: int) -> list[tuple[Tens
 
 def _reference_part_losses(logits: Tensor, targets: Tensor, micro_batch: int) -> list[Tensor]:
     """Row by row."""
-    rows = [-(z.log_softmax(-1)[t != IGNORED].gather(-1, t[t != IGNORED][:, None]).sum()) for z, t in zip(logits, targets, strict=True)]
+    rows = [
+        -(z.log_softmax(-1)[t != IGNORED].gather(-1, t[t != IGNORED][:, None]).sum())
+        for z, t in zip(logits, targets, strict=True)
+    ]
     summed = torch.stack(rows) / _kept(targets)
     return [part.sum() for part in summed.split(micro_batch)]
 
@@ -522,7 +531,7 @@ part_losses = Exercise(
         Mistake(
             _wrong_parts(lambda part, whole, parts: 1 / _kept(whole) if _kept(part) else math.nan),
             "a micro-batch that is all padding has the mean of nothing, which is nan, and nan times 0 is nan too: take sums "
-            "(reduction=\"sum\") and divide them",
+            '(reduction="sum") and divide them',
         ),
         Mistake(
             _wrong_parts(lambda part, whole, parts: 1 / max(1, _kept(part))),

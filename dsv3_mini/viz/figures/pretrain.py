@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from dsv3_mini.course.pretrain_run import apart
@@ -44,7 +44,9 @@ class Curve(NamedTuple):
 def curve_of(schedule: Schedule, total: float, points: int = 400) -> Curve:
     """A schedule from 0 to `total` tokens. Where pieces meet it is drawn from both sides, so that a jump is upright."""
     ends = [piece.until for piece in schedule.pieces if piece.until < total]
-    places = {total * i / points for i in range(points + 1)} | {place for end in ends for place in (end * (1 - 1e-9), end)}
+    places = {total * i / points for i in range(points + 1)} | {
+        place for end in ends for place in (end * (1 - 1e-9), end)
+    }
     tokens = sorted(places)
     return Curve(tokens, [schedule(place) for place in tokens])
 
@@ -101,9 +103,12 @@ def board_figure(
     with house_style():
         figure = Figure(figsize=(12, 6.0 if words else 5.4))
         figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        grid = figure.add_gridspec(3, 4, height_ratios=(10, 10, 3 if words else 0.1))
-        loss, bits, judged, norm, rate, load, biases, balance = (figure.add_subplot(grid[i // 4, i % 4]) for i in range(8))
-        below = figure.add_subplot(grid[2, :])
+        top, bottom = figure.add_gridspec(2, 1, height_ratios=(20, 3 if words else 0.1))
+        grid = top.subgridspec(2, 4)
+        loss, bits, judged, norm, rate, load, biases, balance = (
+            figure.add_subplot(grid[i // 4, i % 4]) for i in range(8)
+        )
+        below = figure.add_subplot(bottom)
         below.axis("off")
         total = max([line["tokens"] for line in (*steps, *evaluations)], default=0)
         unit, word = unit_of(max(total, 1000))
@@ -133,7 +138,12 @@ def board_figure(
         loss.set(title="Loss", ylabel="nats per token", ylim=(0, 1.05 * max(top, default=9)))
         bits.set(title="Held-out text", ylabel="bits per byte", ylim=(0, None))
         judged.set(title="Judged", ylabel="% right", ylim=(-3, 103))
-        norm.set(title="Gradient norm", ylabel=f"before the cut at {clip:g}", yscale="log" if norms else "linear")
+        norm.set(title="Gradient norm", ylabel=f"before the cut at {clip:g}")
+        if norms:
+            norm.set_yscale("log")
+            norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            norm.yaxis.set_minor_formatter(NullFormatter())
         rate.set(title="Learning rate", ylim=(0, None))
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         balance.set(title="Imbalance", ylabel="MaxVio (0 = even)", ylim=(0, None))
@@ -168,7 +178,8 @@ def by_layer(steps: Sequence[Line]) -> dict[str, list[tuple[float, float]]]:
     """Layer -> (tokens, MaxVio) of the steps in which it ran; MTP's layer may rest at first."""
     layers = sorted({layer for line in steps for layer in line["max_vio"]}, key=int)
     return {
-        layer: [(line["tokens"], line["max_vio"][layer]) for line in steps if layer in line["max_vio"]] for layer in layers
+        layer: [(line["tokens"], line["max_vio"][layer]) for line in steps if layer in line["max_vio"]]
+        for layer in layers
     }
 
 
@@ -185,7 +196,9 @@ def _draw_losses(
     axes.plot(tokens, losses, color=PALE, linewidth=0.8)
     axes.plot(tokens, smooth(losses), color="black", label="training")
     mtp = [(t, line["mtp_loss"]) for t, line in zip(tokens, steps, strict=True) if line["mtp_loss"]]
-    axes.plot([t for t, _ in mtp], smooth([v for _, v in mtp]), color="black", linestyle=":", label="second token (MTP)")
+    axes.plot(
+        [t for t, _ in mtp], smooth([v for _, v in mtp]), color="black", linestyle=":", label="second token (MTP)"
+    )
     for domain in evaluations[-1]["validation_loss"] if evaluations else ():
         values = [line["validation_loss"][domain] for line in evaluations]
         axes.plot(measured, values, marker="o", markersize=4, color=DOMAIN_COLOURS.get(domain), label=domain)
@@ -237,7 +250,9 @@ def resume_figure(unbroken: Sequence[float], resumed: Mapping[str, Sequence[floa
             axes.plot(steps, apart, color=colour, marker="o", markersize=4, label=name)
         axes.axhline(0, color="black", linewidth=1)
         axes.set(
-            title="Forget anything, and another run goes on", xlabel="step", ylabel="loss - that of the unbroken\nrun (nats per token)"
+            title="Forget anything, and another run goes on",
+            xlabel="step",
+            ylabel="loss - that of the unbroken\nrun (nats per token)",
         )
         axes.set_xticks(steps[:: max(1, len(steps) // 12)])
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
@@ -259,7 +274,11 @@ def specialisation_figure(
     with house_style():
         figure = Figure(figsize=(11, 5.0))
         figure.suptitle(
-            f"Layer {layer}: training gives every domain experts of its own", x=0.01, ha="left", fontsize=14, fontweight="bold"
+            f"Layer {layer}: training gives every domain experts of its own",
+            x=0.01,
+            ha="left",
+            fontsize=14,
+            fontweight="bold",
         )
         table = figure.subplots(2, len(loads), squeeze=False)
         for (above, below), (moment, load) in zip(table.T, loads.items(), strict=True):

@@ -71,7 +71,9 @@ class TrainingBoard(anywidget.AnyWidget):
     lines = traitlets.List(help="steps, as the log has them, thinned").tag(sync=True)
     measured = traitlets.List(help="evaluations: tokens, loss and bits per byte by domain, judged share").tag(sync=True)
     sample = traitlets.List(help="sentences that the model wrote last, and whether the grammar has each").tag(sync=True)
-    facts = traitlets.Dict(help="of the run: total tokens, clip, lengths to choose from, the load of the last colour").tag(sync=True)
+    facts = traitlets.Dict(
+        help="of the run: total tokens, clip, lengths to choose from, the load of the last colour"
+    ).tag(sync=True)
     colours = traitlets.Dict(help="of domains, and of layers").tag(sync=True)
     load_ramp = traitlets.List(help="colours from no load to the most").tag(sync=True)
     bias_ramp = traitlets.List(help="colours from the lowest bias to the highest").tag(sync=True)
@@ -183,7 +185,9 @@ class TrainingBoard(anywidget.AnyWidget):
             return
         last = self.trainer.step
         if step != -1 and not 1 <= step <= last:
-            raise UserError(f"step {step} is not there: steps 1 to {last} were taken" if last else "nothing was trained yet")
+            raise UserError(
+                f"step {step} is not there: steps 1 to {last} were taken" if last else "nothing was trained yet"
+            )
         near = min(range(len(self.lines)), key=lambda i: abs(self.lines[i]["step"] - step), default=-1)
         self.at = -1 if step == -1 else near
 
@@ -221,7 +225,9 @@ class TrainingBoard(anywidget.AnyWidget):
         title = f"Step {self.trainer.step:,}: {done:.3g} of {total:.3g} {word} tokens"
         if last:
             title += f", {last['batch_size']} sequences a batch, gamma {last['gamma']:g}, lambda {last['mtp_lambda']:g}"
-        words = "It writes: " + " ".join(text + {True: " (right)", False: " (wrong)", None: " ..."}[ok] for text, ok in self.sample)
+        words = "It writes: " + " ".join(
+            text + {True: " (right)", False: " (wrong)", None: " ..."}[ok] for text, ok in self.sample
+        )
         return board_figure(self.lines, self.measured, title, at=self.at, clip=self.recipe.clip_norm, words=words)
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:

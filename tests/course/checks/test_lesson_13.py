@@ -141,7 +141,9 @@ def schedule_with(
 
 
 def count_with(
-    ask: Callable[[int, int], float] = lambda step, tokens: tokens, whole: Callable[[float], float] = round, off: int = 0
+    ask: Callable[[int, int], float] = lambda step, tokens: tokens,
+    whole: Callable[[float], float] = round,
+    off: int = 0,
 ) -> Callable[..., float]:
     def answer(steps: int, batch_size: Any, context: int) -> float:
         tokens = 0
@@ -294,9 +296,21 @@ WRONG: list[tuple[Exercise, Callable[..., Any], str]] = [
     (check.part_losses, parts_with(lambda z, t, whole, rows, parts: mean(z, t) / parts), "a mean of means"),
     (check.part_losses, parts_with(lambda z, t, whole, rows, parts: mean(z, t)), "the mean over itself"),
     (check.part_losses, parts_with(lambda z, t, whole, rows, parts: total(z, t)), "these are sums"),
-    (check.part_losses, parts_with(lambda z, t, whole, rows, parts: total(z, t) / whole.numel()), "the padded ones too"),
-    (check.part_losses, parts_with(lambda z, t, whole, rows, parts: mean(z, t) * rows / len(whole)), "number of *rows*"),
-    (check.part_losses, parts_with(lambda z, t, whole, rows, parts: total(z, t) / kept(whole) / parts), "once too often"),
+    (
+        check.part_losses,
+        parts_with(lambda z, t, whole, rows, parts: total(z, t) / whole.numel()),
+        "the padded ones too",
+    ),
+    (
+        check.part_losses,
+        parts_with(lambda z, t, whole, rows, parts: mean(z, t) * rows / len(whole)),
+        "number of *rows*",
+    ),
+    (
+        check.part_losses,
+        parts_with(lambda z, t, whole, rows, parts: total(z, t) / kept(whole) / parts),
+        "once too often",
+    ),
     (
         check.part_losses,
         parts_with(lambda z, t, whole, rows, parts: mean(z, t) * kept(t) / kept(whole)),
