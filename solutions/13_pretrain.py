@@ -182,9 +182,6 @@ schedules_figure({"deepseek-v3": report, "tiny": own})
 # say the next token gains little from being asked for the one after.
 
 # %%
-from dsv3_mini.train import schedules
-
-
 def pieces_of(schedule) -> list[tuple[float, float, float, str]]:
     return [(piece.until, piece.start, piece.end, piece.shape) for piece in schedule.pieces]
 
@@ -196,6 +193,9 @@ def my_rate(recipe: Recipe, share: float) -> float:
 def package_rate(recipe: Recipe, share: float) -> float:
     return 1e4 * recipe.learning_rate(share * recipe.total_tokens)
 
+
+# %%
+from dsv3_mini.train import schedules
 
 same(my_rate, package_rate, *[(recipe, i / 40) for recipe in (report, own) for i in range(41)])
 same(tokens_after, lambda n, batch, s: schedules.tokens_after(n, batch, schedules.constant("context", s)),
