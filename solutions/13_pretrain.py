@@ -181,6 +181,7 @@ schedules_figure({"deepseek-v3": report, "tiny": own})
 # $\lambda$ is 0 at first, then because MTP takes two fifths of the arithmetic at this size, and a model that cannot yet
 # say the next token gains little from being asked for the one after.
 
+
 # %%
 def pieces_of(schedule) -> list[tuple[float, float, float, str]]:
     return [(piece.until, piece.start, piece.end, piece.shape) for piece in schedule.pieces]
@@ -445,7 +446,7 @@ resume_figure(whole, resumed, STOPPED)
 # %%
 from dsv3_mini.viz.widgets.pretrain import TrainingBoard
 
-RUN_TOKENS = 120_000  # 1_200_000 takes minutes and pays for it
+RUN_TOKENS = 100_000  # 1_000_000 takes minutes and pays for it
 board = TrainingBoard(RUN_TOKENS)
 board.train(steps=30)
 board
@@ -514,7 +515,7 @@ print("lambda at first and at the end:", history[0]["mtp_lambda"], history[-1]["
 # domain.
 #
 # **What we expect.** Random tastes differ from word to word, trained ones from domain to domain: the loads of two
-# domains should be farther apart after training. *Apart* is lesson 09's: the share of visits that would have to move.
+# domains should be farther apart after training, in every layer. *Apart* is lesson 09's: the share of visits that would have to move.
 
 # %%
 from dsv3_mini.course.pretrain_run import apart, at_the_start, domain_loads, reference_rows
@@ -523,7 +524,14 @@ rows = reference_rows(tokenizer)
 moments = {"before training": at_the_start(tiny.cfg), "after training": tiny}
 loads = {moment: domain_loads(model, rows, tokenizer.pad_id) for moment, model in moments.items()}
 before, after = (apart(load) for load in loads.values())
-print("farther apart after training, in every layer:", bool((after > before).all()))
+for layer, (b, a) in enumerate(zip(before.tolist(), after.tolist(), strict=True), tiny.cfg.first_k_dense_replace):
+    print(f"layer {layer}: two domains are {b:.0%} apart before training, {a:.0%} after")
+assert after[-1] > before[-1]
+
+# %% [markdown]
+# The last layer does what we expected. Not so the first: there the domains are *nearer* to each other than before. Its
+# router reads little more than the word itself, and "the" or a comma is the same word in a story and in prose. What a
+# word means where it stands, attention has to bring together, and each layer has more of it. Look at both layers below.
 
 # %%
 from dsv3_mini.viz.widgets.pretrain import specialisation_explorer

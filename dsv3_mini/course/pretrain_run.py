@@ -32,7 +32,7 @@ from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.trainer import Observer, Trainer
 
 SHAPE = ModelConfig.preset("nano", initializer_range=0.08)
-TOKENS = 120_000  # half a minute on one core
+TOKENS = 100_000  # half a minute on one core
 SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 4, 48, 0.7  # of the stories that are sampled at each evaluation
 ROWS = 8  # held-out rows of each domain
 

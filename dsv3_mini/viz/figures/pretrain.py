@@ -271,24 +271,19 @@ def specialisation_figure(
         loads: moment -> the load that each domain brings, in even shares. by_favourite: experts stand in the order of the
             domain that they serve most, and of how much; otherwise by their number.
     """
+    distances = [apart(load[:, None]).item() for load in loads.values()]
     with house_style():
         figure = Figure(figsize=(11, 5.0))
-        figure.suptitle(
-            f"Layer {layer}: training gives every domain experts of its own",
-            x=0.01,
-            ha="left",
-            fontsize=14,
-            fontweight="bold",
-        )
+        title = f"Layer {layer}: training has {'parted' if distances[-1] > distances[0] else 'mixed'} the domains"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
         table = figure.subplots(2, len(loads), squeeze=False)
-        for (above, below), (moment, load) in zip(table.T, loads.items(), strict=True):
+        for (above, below), (moment, load), distance in zip(table.T, loads.items(), distances, strict=True):
             shares = (load / load.sum(0).clamp(min=1e-9)).numpy()  # [n e]
             order = favourites(shares) if by_favourite else list(range(shares.shape[1]))
             image = above.imshow(
                 load.numpy()[:, order], aspect="auto", cmap=LOAD_MAP, vmin=0, vmax=3, interpolation="none"
             )
             above.set(yticks=range(len(domains)), yticklabels=domains, xticks=[])
-            distance = apart(load[:, None]).item()
             above.set_title(f"{moment}: two domains are {distance:.0%} apart", fontsize=12, fontweight="normal")
             bottom = np.zeros(len(order))
             for domain, share in zip(domains, shares[:, order], strict=True):
