@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -88,11 +89,11 @@ def start_processes(count: int) -> int:
 
     The first process speaks for all; the launcher's own report of a failure would bury its line.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     launch = elastic_launch(
         LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-            max_restarts=0, logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
+            run_id=f"dsv3-{os.getpid()}", max_restarts=0, logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
         ),
         sys.executable,
     )  # fmt: skip
