@@ -329,7 +329,7 @@ show_source(Trainer.train_step)
 # disk, so that the run goes on as if nothing had happened? Not *about* as if: the same weights, to the last bit. Then
 # nobody has to wonder later whether a strange curve came from the interruption.
 #
-# Here is the run that you will watch below, in a folder of its own. One goes through 56 steps without a break. The
+# Here is the run that you will watch below, in a folder of its own. One goes through 48 steps without a break. The
 # other saves a checkpoint at step 40, goes on for three more steps, and is gone, as if somebody had pulled the plug.
 
 # %%
@@ -340,7 +340,7 @@ from dsv3_mini.course.pretrain_run import SHAPE, run_recipe
 from dsv3_mini.data.tokenizer import Tokenizer
 
 scratch, tokenizer = tempfile.TemporaryDirectory(), Tokenizer.shipped()
-STOPPED, END = 40, 56
+STOPPED, END = 40, 48
 
 
 def open_run(name: str) -> Trainer:
@@ -515,7 +515,8 @@ print("lambda at first and at the end:", history[0]["mtp_lambda"], history[-1]["
 # domain.
 #
 # **What we expect.** Random tastes differ from word to word, trained ones from domain to domain: the loads of two
-# domains should be farther apart after training, in every layer. *Apart* is lesson 09's: the share of visits that would have to move.
+# domains should be farther apart after training, in every layer. *Apart* is lesson 09's: the share of visits that would
+# have to move.
 
 # %%
 from dsv3_mini.course.pretrain_run import apart, at_the_start, domain_loads, reference_rows
