@@ -25,6 +25,7 @@ from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.doctor import Finding
 from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
+from dsv3_mini.inference.generate import TEMPERATURE
 from dsv3_mini.model import DeepSeekV3
 
 TRAIN = ["train", "--preset", "nano", "--mixture", "stories=0.6,sums=0.4", "--judge", "0"]
@@ -180,12 +181,17 @@ def test_eval_measures_what_bits_per_byte_measures(dsv3: Any, nano: Path) -> Non
         assert f" {scores[score]['stories']:.3f}" in shown
 
 
-def test_eval_judges(dsv3: Any, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_judges(dsv3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv3_mini.evaluate.judged.STORY_TOKENS", 40)
+    torch.manual_seed(0)
+    model = str(tmp_path / "nano")
+    save_pretrained(DeepSeekV3(ModelConfig.preset("nano", max_position_embeddings=512)), model)
     flags = ["--samples", "2", "--rows", "1", "--context", "32", "--domains", "sums"]
-    judged = json.loads(dsv3("eval", "--model", str(nano), *flags, "--json"))["judged"]
+    judged = json.loads(dsv3("eval", "--model", model, *flags, "--json"))["judged"]
     assert (judged["samples"], judged["questions"], judged["well_formed"]) == (2, 2, 0.0)
-    assert "two-digit sums right" in dsv3("eval", "--model", str(nano), *flags)
+    assert judged["temperature"] == TEMPERATURE
+    shown = dsv3("eval", "--model", model, *flags, "--temperature", "0.5")
+    assert "two-digit sums right" in shown and "2 samples at temperature 0.5" in shown
 
 
 def test_a_model_without_mtp_weights_writes(dsv3: Any, nano: Path, tmp_path: Path) -> None:

@@ -148,11 +148,11 @@ def test_buttons_send_wishes(live: Page, board: TrainingBoard) -> None:
     live.focus("canvas")
     live.keyboard.press("Space")
     live.click("text=begin again")
-    live.select_option(".length", label="120 thousand tokens")
+    live.select_option(".length", label="100 thousand tokens")
     give(live, "status", "ended")
     assert "again" in live.inner_text(".train") and live.is_disabled("text=one step")
     wishes = [{"do": wish} for wish in ("train", "pause", "step", "train", "reset")]
-    assert live.evaluate("window.sent") == [*wishes, {"tokens": 120_000}]
+    assert live.evaluate("window.sent") == [*wishes, {"tokens": 100_000}]
     give(live, "note", "step 3: loss is nan")
     assert live.inner_text(".note") == "step 3: loss is nan"
 
