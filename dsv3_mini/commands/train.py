@@ -15,9 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, number, read_config, whole
 from dsv3_mini.config import ModelConfig
@@ -90,7 +87,11 @@ def start_processes(count: int) -> int:
 
     The first process speaks for all; the launcher's own report of a failure would bury its line.
     """
-    logging.disable(logging.CRITICAL)
+    # The launcher is only for runs of several processes: one alone need not wait for its import.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     launch = elastic_launch(
         LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
@@ -99,6 +100,8 @@ def start_processes(count: int) -> int:
         ),
         sys.executable,
     )  # fmt: skip
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         launch("-m", "dsv3_mini.cli", *sys.argv[1:])
     except ChildFailedError as failed:
@@ -108,6 +111,8 @@ def start_processes(count: int) -> int:
         return failure.exitcode
     except SignalException:  # Ctrl-C went on to the processes, which have saved and said so
         pass
+    finally:
+        logging.disable(before)
     return 0
 
 

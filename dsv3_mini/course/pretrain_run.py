@@ -21,12 +21,11 @@ from torch import Tensor
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data.corpora import DOMAINS
 from dsv3_mini.data.shipped import shipped
-from dsv3_mini.data.stories import HELD_OUT_SEED, generate_story
 from dsv3_mini.data.story_judge import well_formed_sentence
 from dsv3_mini.data.stream import HeldOut, held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.evaluate.bits_per_byte import held_out_loss
-from dsv3_mini.inference.generate import complete
+from dsv3_mini.evaluate.judged import sample_stories
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.trainer import Observer, Trainer
@@ -65,8 +64,6 @@ class Scores(Observer):
         self.held_out: dict[str, HeldOut] = {
             domain: held_out_rows(domain, tokenizer, context, ROWS) for domain in domains
         }
-        texts = [generate_story(HELD_OUT_SEED, i).text for i in range(SAMPLES)]
-        self.firsts = [tokenizer.encode(text)[0] for text in texts]
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         model, tokenizer = trainer.averaged_model(), self.tokenizer
@@ -75,10 +72,7 @@ class Scores(Observer):
             loss = held_out_loss(model, rows.tokens, tokenizer.pad_id)
             scores["validation_loss"][domain] = round(loss.per_token, 4)
             scores["bits_per_byte"][domain] = round(loss.bits_per_byte(rows.n_bytes), 4)
-        generator = torch.Generator().manual_seed(0)
-        prompts = [[tokenizer.eos_id, first] for first in self.firsts]
-        new = complete(model, prompts, SAMPLE_TOKENS, TEMPERATURE, tokenizer.eos_id, generator)
-        texts = [tokenizer.decode([first, *ids]) for first, ids in zip(self.firsts, new, strict=True)]
+        texts = sample_stories(model, tokenizer, SAMPLES, TEMPERATURE, seed=0, most=SAMPLE_TOKENS)
         judged = [well_formed for text in texts for _, well_formed in read_by_grammar(text) if well_formed is not None]
         share = sum(judged) / max(1, len(judged))
         return {**scores, "judged": {"sentences_well_formed": round(share, 4)}, "sample": texts[0]}
