@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nano_runs import interrupted
 from safetensors.torch import load_file
 
 from dsv3_mini import ModelConfig, from_pretrained, generate, save_pretrained
@@ -276,15 +276,7 @@ def test_ctrl_c_saves_a_run_and_the_same_command_goes_on(tmp_path: Path, dsv3: A
     folder = tmp_path / "run"
     flags = [*TRAIN, "--tokens", "2000000", "--out", str(folder), "--threads", "1"]
     command = [sys.executable, "-m", "dsv3_mini.cli", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            while process.poll() is None and not (folder / "log.jsonl").exists():
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            printed, complaints = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert (process.returncode, complaints) == (0, "")
+    printed = interrupted(command, folder)
     done = len(steps(folder))
     assert f"stopped after step {done} " in printed and "the same command goes on from here" in printed
     assert "stopped after step" in dsv3(*flags, "--minutes", "0.01")
