@@ -1,16 +1,14 @@
 """The run of lesson 13: a nano model on all four domains, in half a minute or as long as one likes. And what is read from runs.
 
 It is a run as `dsv3 train` makes them, by the package's trainer, but for what is measured on the way: little, so that it can
-be measured often. Lines of a run are those of its log.jsonl (`train/trainer.py`), as JSON gives them back.
+be measured often. Lines of a run are those of its log.jsonl (`train/run_log.py`), as JSON gives them back.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from dsv3_mini.evaluate.bits_per_byte import held_out_loss
 from dsv3_mini.evaluate.judged import sample_stories
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.run_log import read_log
 from dsv3_mini.train.trainer import Observer, Trainer
 
 SHAPE = ModelConfig.preset("nano", initializer_range=0.08)
@@ -86,11 +85,6 @@ def read_by_grammar(text: str) -> list[tuple[str, bool | None]]:
 
 
 # ---- a run's lines -----------------------------------------------------------------------------------------------------
-
-
-def read_log(file: Path) -> list[Line]:
-    """The lines of a run's log.jsonl."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def shipped_run() -> list[Line]:

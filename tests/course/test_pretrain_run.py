@@ -19,7 +19,6 @@ from dsv3_mini.course.pretrain_run import (
     at_the_start,
     domain_loads,
     read_by_grammar,
-    read_log,
     reference_rows,
     run_recipe,
     served,
@@ -30,6 +29,7 @@ from dsv3_mini.data.stories import HELD_OUT_SEED, generate_story
 from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.evaluate.bits_per_byte import held_out_loss
 from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.run_log import read_log
 from dsv3_mini.train.trainer import Trainer
 
 
