@@ -187,7 +187,12 @@ def their_step(folder: str, batch: int, prompt: int, new: int) -> Step:
 
     def step() -> float:
         tokens = model.generate(
-            input_ids=prompts, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+            input_ids=prompts,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         return checksum(tokens, prompt + new)
 
@@ -200,7 +205,9 @@ def step_beside(folder: str, context: int) -> Step:
 
     cfg = ModelConfig.from_hf(folder).replace(max_position_embeddings=context + STEPS)
     model = from_pretrained(folder, mtp=False).eval()
-    model.cfg = cfg.replace(num_nextn_predict_layers=0)  # the tiny model's context is shorter: here only the time matters
+    model.cfg = cfg.replace(
+        num_nextn_predict_layers=0
+    )  # the tiny model's context is shorter: here only the time matters
     reader = Reader.with_room(model, 1, context + STEPS)
     torch.manual_seed(0)
     for layer in reader.cache:

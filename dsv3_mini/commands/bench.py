@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="transformers as it comes, without the other settings that it offers",
     )
-    generate = what.add_parser("generate", parents=[shared], help="decoding, beside transformers', with and without MTP")
+    generate = what.add_parser(
+        "generate", parents=[shared], help="decoding, beside transformers', with and without MTP"
+    )
     generate.add_argument("--model", metavar="FOLDER", help="a model folder (default: the tiny model that ships)")
     generate.add_argument("--prompt", type=whole(1), default=24, help="tokens in each prompt (default: 24)")
     generate.add_argument("--new", type=whole(2), default=128, help="tokens to write in each row (default: 128)")

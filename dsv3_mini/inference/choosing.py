@@ -68,7 +68,9 @@ class Dice:
 class Chooser:
     """What both ways share: what has been written so far, for the repetition penalty."""
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device) -> None:
+    def __init__(
+        self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device
+    ) -> None:
         self.sampling = sampling
         self.seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
         self.note(prompts)
@@ -85,9 +87,7 @@ class Chooser:
         """A draft to stand behind `earlier` ones, and what it was drawn from (nothing, or one distribution)."""
         raise NotImplementedError
 
-    def verify(
-        self, logits: Float[Tensor, "b j1 v"], drafted: Drafted
-    ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    def verify(self, logits: Float[Tensor, "b j1 v"], drafted: Drafted) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
         """How many of each row's drafts hold, and the token that comes after those.
 
         Args:
@@ -129,7 +129,9 @@ class Drawn(Chooser):
 
     def verify(self, logits: Tensor, drafted: Drafted) -> tuple[Tensor, Tensor]:
         p = self.sampling.shares(self._penalised(logits, drafted.tokens))
-        q = torch.stack([*drafted.shares, torch.zeros_like(p[:, 0])], dim=1)  # behind the last draft nothing was drafted
+        q = torch.stack(
+            [*drafted.shares, torch.zeros_like(p[:, 0])], dim=1
+        )  # behind the last draft nothing was drafted
         drafts = rearrange(drafted.tokens, "b j -> b j 1")
         p_draft, q_draft = (x[:, :-1].gather(-1, drafts)[..., 0] for x in (p, q))
         agreed = _first_ones(self.dice.uniform(drafts.shape[1], p[:, 0]) * q_draft < p_draft)

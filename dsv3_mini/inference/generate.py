@@ -27,6 +27,11 @@ __all__ = ["Stream", "choose", "complete", "generate", "stream"]
 Stops = int | Sequence[int] | None
 
 
+TEMPERATURE = 0.8
+"""Of the samples that `dsv3 sample` writes and `dsv3 eval` judges, unless they are told otherwise. At 1 a model also shows
+its doubts: whatever it gives a share of a thousandth comes in every tenth story of a hundred tokens."""
+
+
 def generate(
     model: DeepSeekV3,
     tokens: Int[Tensor, "b s"],

@@ -53,11 +53,16 @@ class Settings(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("drafts", 1 if self.drafts is None else self.drafts)):
+        for name, value in (
+            ("max_new_tokens", self.max_new_tokens),
+            ("drafts", 1 if self.drafts is None else self.drafts),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} = {value} must be a whole number of at least 1")
         if self.drafts is not None and not self.use_mtp:
-            raise ConfigError(f"drafts = {self.drafts} needs use_mtp=True (dsv3 sample: --mtp): the MTP modules make them")
+            raise ConfigError(
+                f"drafts = {self.drafts} needs use_mtp=True (dsv3 sample: --mtp): the MTP modules make them"
+            )
 
     @property
     def stops(self) -> frozenset[int]:

@@ -155,11 +155,17 @@ class Writing:
         if prefix is not None:
             return (*prefix.fork(batch), [prompt[prefix.read :] for prompt in self.prompts])
         capacity = max(map(len, self.prompts)) + self.settings.max_new_tokens + self.drafts
-        return Reader.with_room(self.model, batch, capacity), Drafter(self.model, self.drafts, batch, capacity), self.prompts
+        return (
+            Reader.with_room(self.model, batch, capacity),
+            Drafter(self.model, self.drafts, batch, capacity),
+            self.prompts,
+        )
 
     def _room(self, reader: Reader) -> int:
         """How many tokens to draft: no more than any row still wants behind its next one, or than the context has places for."""
-        wanted = max(self.settings.max_new_tokens - len(row) for row, end in zip(self.rows, self.ended, strict=True) if not end)
+        wanted = max(
+            self.settings.max_new_tokens - len(row) for row, end in zip(self.rows, self.ended, strict=True) if not end
+        )
         return min(self.drafts, wanted - 1, self.model.cfg.max_position_embeddings - max(reader.lengths) - 1)
 
     def _take(self, offered: list[list[int]]) -> list[list[int]]:

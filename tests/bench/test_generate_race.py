@@ -82,7 +82,9 @@ def test_ratios_say_who_is_faster() -> None:
 
 def test_openings_begin_held_out_stories() -> None:
     rows, tokenizer = generate.openings(5, 12), Tokenizer.shipped()
-    assert rows.shape == (5, 12) and (rows[:, 0] == tokenizer.eos_id).all() and len({tuple(r) for r in rows.tolist()}) == 5
+    assert (
+        rows.shape == (5, 12) and (rows[:, 0] == tokenizer.eos_id).all() and len({tuple(r) for r in rows.tolist()}) == 5
+    )
     assert tokenizer.eos_id not in rows[:, 1:]
 
 

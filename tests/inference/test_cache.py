@@ -155,7 +155,14 @@ def test_rows_of_unequal_lengths_are_as_if_read_alone(changes: dict) -> None:
     model(padded, cache=cache)
     ways = set()
     layer = model.layers[0].self_attn
-    for width, kept in ((3, [3, 1, 2]), (3, [1, 3, 3]), (20, [20, 9, 14]), (2, [0, 2, 1]), (1, [1, 0, 1]), (3, [3, 3, 3])):
+    for width, kept in (
+        (3, [3, 1, 2]),
+        (3, [1, 3, 3]),
+        (20, [20, 9, 14]),
+        (2, [0, 2, 1]),
+        (1, [1, 0, 1]),
+        (3, [3, 3, 3]),
+    ):
         ways.add(layer.cheaper(width, max(done) + width) == layer.expanded)
         for kept_by_layer in cache:
             kept_by_layer.truncate(done)

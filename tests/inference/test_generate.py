@@ -220,7 +220,10 @@ def test_an_empty_prompt_among_others_is_refused(model: DeepSeekV3) -> None:
 @pytest.mark.parametrize(
     "prompts, words",
     [
-        ([torch.tensor([1, 2]), torch.tensor([1.0])], "prompt 1 is of shape (1,) and type torch.float32: give whole numbers"),
+        (
+            [torch.tensor([1, 2]), torch.tensor([1.0])],
+            "prompt 1 is of shape (1,) and type torch.float32: give whole numbers",
+        ),
         ([torch.tensor([True])], "torch.bool"),
         ([[1, 2], [3, 4.5]], "prompt 1 holds 4.5: give whole numbers"),
         ([[1], [2, "a"]], "prompt 1 holds 'a'"),

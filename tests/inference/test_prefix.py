@@ -40,7 +40,9 @@ def test_drafts_behind_a_prefix_hold_as_often(modules: int) -> None:
     from dsv3_mini.inference.writing import Writing
 
     model, prompts = few_words(modules), endings([0, 5, 2])
-    settings = [Settings(use_mtp=True, max_new_tokens=30, prefix=p) for p in (None, Prefix(model, PREFIX, use_mtp=True))]
+    settings = [
+        Settings(use_mtp=True, max_new_tokens=30, prefix=p) for p in (None, Prefix(model, PREFIX, use_mtp=True))
+    ]
     without, with_prefix = (Writing(model, prompts, each).finish().counts for each in settings)
     assert with_prefix == without and with_prefix.held[0] > 0
 

