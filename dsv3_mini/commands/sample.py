@@ -9,7 +9,7 @@ import torch
 
 from dsv3_mini.commands.flags import add_model, number, read_model, whole
 from dsv3_mini.errors import DataError
-from dsv3_mini.inference.generate import TEMPERATURE, stream
+from dsv3_mini.inference.generate import TEMPERATURE, TOP_P, stream
 from dsv3_mini.inference.writing import Counts
 
 
@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"0 takes the likeliest token (default: {TEMPERATURE})",
     )  # fmt: skip
     parser.add_argument(
-        "--top-p", type=number(0), default=1.0, metavar="P", help="draw from the likeliest tokens that together hold P"
-    )
+        "--top-p", type=number(0), default=TOP_P, metavar="P",
+        help=f"draw from the likeliest tokens that together hold P (default: {TOP_P}; 1: from all)",
+    )  # fmt: skip
     parser.add_argument(
         "--min-p", type=number(0), default=0.0, metavar="P", help="draw from tokens P times as likely as the likeliest"
     )

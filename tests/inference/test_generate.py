@@ -106,7 +106,7 @@ def test_complete_is_one_prompt_at_a_time(model: DeepSeekV3) -> None:
     assert complete(model, [], 9) == []
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 14), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 1000))
 def test_a_ragged_batch_is_one_prompt_at_a_time(model: DeepSeekV3, lengths: list[int], new: int, seed: int) -> None:
     prompts = [random_tokens(model.cfg, 1, n, seed + i)[0].tolist() for i, n in enumerate(lengths)]
@@ -114,7 +114,7 @@ def test_a_ragged_batch_is_one_prompt_at_a_time(model: DeepSeekV3, lengths: list
     assert complete(model, prompts, new, stop_id=stop) == [complete(model, [p], new, stop_id=stop)[0] for p in prompts]
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 14), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 1000))
 def test_with_a_generator_for_each_row_a_drawn_batch_is_too(
     model: DeepSeekV3, lengths: list[int], new: int, seed: int

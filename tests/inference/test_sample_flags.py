@@ -11,6 +11,7 @@ from random_models import nano, random_model
 from dsv3_mini import from_pretrained, generate, save_pretrained
 from dsv3_mini.cli import main
 from dsv3_mini.data.tokenizer import Tokenizer
+from dsv3_mini.inference.generate import TEMPERATURE, TOP_P
 
 PROMPT = "Tom has the ball. "
 
@@ -33,6 +34,7 @@ def sample(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> tup
     "flags, settings",
     [
         (["--top-p", "0.5"], dict(top_p=0.5)),
+        (["--temperature", "1", "--top-p", "1"], dict(temperature=1.0, top_p=1.0)),
         (["--min-p", "0.3"], dict(min_p=0.3)),
         (["--repetition-penalty", "0.2"], dict(repetition_penalty=0.2)),
         (["--mtp"], dict(use_mtp=True)),
@@ -46,7 +48,10 @@ def test_a_flag_is_a_setting(
     ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(PROMPT)]])
     generator = torch.Generator().manual_seed(3)
     model = from_pretrained(folder).eval()
-    new = generate(model, ids, 12, 0.8, tokenizer.eos_id, generator, **settings)[0, ids.shape[1] :].tolist()
+    settings = {"temperature": TEMPERATURE, "top_p": TOP_P, **settings}
+    new = generate(model, ids, 12, stop_id=tokenizer.eos_id, generator=generator, **settings)[
+        0, ids.shape[1] :
+    ].tolist()
     new = new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new
     printed, said = sample(capsys, folder, *flags)
     assert printed == PROMPT + tokenizer.decode(new) + "\n"

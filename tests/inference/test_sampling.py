@@ -49,15 +49,16 @@ def test_min_p_by_hand() -> None:
         torch.testing.assert_close(min_p(shares, p)[0], expected)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=30), st.floats(0.3, 2.0), st.floats(0.05, 1.0),
+    st.lists(st.integers(0, 40), min_size=1, max_size=30), st.floats(0.3, 2.0), st.floats(0.05, 0.999) | st.just(1.0),
     st.floats(0.0, 0.9), st.floats(0.5, 2.0), st.integers(0, 10**6),
 )  # fmt: skip
 def test_the_chain_is_that_of_transformers(
     history: list[int], temperature: float, p: float, floor: float, penalty: float, seed: int
 ) -> None:
-    logits, ids = random_logits(1, 41, seed=seed), torch.tensor([history])
+    # In FP64: where a sum comes within rounding of p, whether a token is kept depends on the end that one adds from.
+    logits, ids = random_logits(1, 41, seed=seed).double(), torch.tensor([history])
     theirs = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature), TopPLogitsWarper(p),
@@ -67,7 +68,7 @@ def test_the_chain_is_that_of_transformers(
     seen = torch.zeros(1, 41, dtype=torch.bool)
     seen[0, history] = True
     ours = Sampling(temperature=temperature, top_p=p, min_p=floor).shares(penalised(logits, seen, penalty))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_what_was_seen_before_each_place() -> None:

@@ -26,7 +26,8 @@ FEW = 6  # tokens in a vocabulary so small that an untrained chain is often righ
 
 
 def few_words(modules: int = 1, **changes: Any) -> DeepSeekV3:
-    return random_model(nano(vocab_size=FEW, num_nextn_predict_layers=modules, **changes))
+    # Of so few tokens the group limit has little to decide: this seed is one with which it does, whatever the modules.
+    return random_model(nano(vocab_size=FEW, num_nextn_predict_layers=modules, **changes), seed=1)
 
 
 def ragged(cfg: Any, lengths: list[int], seed: int = 3) -> list[list[int]]:
@@ -69,7 +70,7 @@ def test_drafts_are_what_the_chain_says_in_training(modules: int, changes: dict[
     """Rows of unequal lengths, that hold and refuse drafts at different times: every draft of every pass."""
     model = few_words(modules, **changes)
     prompts = ragged(model.cfg, [9, 4, 14])
-    watched = Watched(model, prompts, max_new_tokens=25)
+    watched = Watched(model, prompts, max_new_tokens=30)
     counts, compared = watched.writing.counts, 0
     assert 0 < counts.held[0] < counts.checked[0], "drafts have to hold, and to be refused"
     for texts, ended, drafts in watched.passes:
@@ -126,7 +127,7 @@ def test_fewer_drafts_than_modules_use_the_first_ones() -> None:
 @pytest.mark.parametrize("changes", [{}, {"kv_lora_rank": 64}], ids=["plain", "wide latent"])
 def test_greedy_text_is_the_same(modules: int, drafts: int | None, changes: dict[str, Any]) -> None:
     model = few_words(modules, **changes)
-    assert_routing_is_awake(few_words(modules), random_tokens(model.cfg))
+    assert_routing_is_awake(model, random_tokens(model.cfg, rows=8))
     prompts = ragged(model.cfg, [7, 1, 12, 3])
     plain = complete(model, prompts, 40)
     writing = Writing(model, prompts, Settings(max_new_tokens=40, use_mtp=True, drafts=drafts)).finish()
@@ -135,7 +136,7 @@ def test_greedy_text_is_the_same(modules: int, drafts: int | None, changes: dict
     assert counts.passes < 4 * 39 and 0 < counts.held[0] < counts.checked[0]
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 24), st.sampled_from([1, 2, 4]),
     st.sampled_from([1.0, 1.3, 0.8]), st.sampled_from([None, 2, (0, 3)]), st.integers(0, 1000),
