@@ -29,8 +29,9 @@ class LatentCache:
 
     def __init__(self, cfg: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         # Zeros and not `empty`: a hidden slot weighs 0 in attention, and 0 times a NaN that lay there would be a NaN.
-        self.latent = torch.zeros(batch, capacity, cfg.kv_lora_rank, dtype=dtype, device=device)
-        self.key_rope = torch.zeros(batch, capacity, cfg.qk_rope_head_dim, dtype=dtype, device=device)
+        # Latent and rope key of a token lie side by side: absorbed attention then meets both in one product.
+        self.widths = [cfg.kv_lora_rank, cfg.qk_rope_head_dim]
+        self.kept = torch.zeros(batch, capacity, sum(self.widths), dtype=dtype, device=device)
         self.lengths = [0] * batch
 
     @classmethod
@@ -44,24 +45,27 @@ class LatentCache:
         self, latent: Float[Tensor, "b s c"], key_rope: Float[Tensor, "b s r"]
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t r"]]:
         """Keep each row's new tokens behind those that it has; returns all slots up to the end of the longest row."""
-        new, end = latent.shape[1], self.length + latent.shape[1]
+        return self.append(torch.cat([latent, key_rope], dim=-1)).split(self.widths, dim=-1)
+
+    def append(self, new: Float[Tensor, "b s cr"]) -> Float[Tensor, "b t cr"]:
+        """`extend`, of latents and rope keys side by side."""
+        count, end = new.shape[1], self.length + new.shape[1]
         if end > self.capacity:
-            more = max(end, 2 * self.capacity) - self.capacity
-            self.latent, self.key_rope = (F.pad(kept, (0, 0, 0, more)) for kept in (self.latent, self.key_rope))
+            self.kept = F.pad(self.kept, (0, 0, 0, max(end, 2 * self.capacity) - self.capacity))
         if self.even:
-            place = slice(None), slice(self.length, end)
+            self.kept[:, self.length : end] = new
         else:
-            place = torch.arange(len(self.lengths), device=latent.device)[:, None], self.positions(new)
-        self.latent[place], self.key_rope[place] = latent, key_rope
-        self.lengths = [length + new for length in self.lengths]
-        return self.latent[:, :end], self.key_rope[:, :end]
+            rows = torch.arange(len(self.lengths), device=new.device)
+            self.kept[rows[:, None], self.positions(count)] = new
+        self.lengths = [length + count for length in self.lengths]
+        return self.kept[:, :end]
 
     def positions(self, new: int) -> Int[Tensor, "#b new"]:
         """Where each row's next `new` tokens stand; one row for all where all are equally long."""
         if self.even:
-            return torch.arange(self.length, self.length + new, device=self.latent.device)[None]
-        starts = torch.tensor(self.lengths, device=self.latent.device)
-        return rearrange(starts, "b -> b 1") + torch.arange(new, device=self.latent.device)
+            return torch.arange(self.length, self.length + new, device=self.kept.device)[None]
+        starts = torch.tensor(self.lengths, device=self.kept.device)
+        return rearrange(starts, "b -> b 1") + torch.arange(new, device=self.kept.device)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget what each row holds beyond `lengths[row]` tokens.
@@ -79,9 +83,17 @@ class LatentCache:
     def select(self, rows: Sequence[int]) -> LatentCache:
         """A new cache with these rows, in memory of its own. [0, 0, 0] forks row 0: three texts go on from one prefix."""
         chosen = copy.copy(self)
-        chosen.latent, chosen.key_rope = self.latent[list(rows)], self.key_rope[list(rows)]
+        chosen.kept = self.kept[list(rows)]
         chosen.lengths = [self.lengths[row] for row in rows]
         return chosen
+
+    @property
+    def latent(self) -> Float[Tensor, "b capacity c"]:
+        return self.kept[..., : self.widths[0]]
+
+    @property
+    def key_rope(self) -> Float[Tensor, "b capacity r"]:
+        return self.kept[..., self.widths[0] :]
 
     @property
     def length(self) -> int:
@@ -96,9 +108,9 @@ class LatentCache:
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold before more memory is taken."""
-        return self.latent.shape[1]
+        return self.kept.shape[1]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes in this layer."""
-        return (self.latent.shape[-1] + self.key_rope.shape[-1]) * self.latent.element_size()
+        return self.kept.shape[-1] * self.kept.element_size()

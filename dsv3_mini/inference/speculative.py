@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.choosing import Chooser, Drafted
+from dsv3_mini.inference.few_tokens import FewTokens, fits
 from dsv3_mini.model import DeepSeekV3
-from dsv3_mini.model.mtp import MTPModule
 from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.transformer import visible
 
@@ -38,6 +38,7 @@ class Drafter:
     def __init__(self, model: DeepSeekV3, drafts: int, batch: int, capacity: int) -> None:
         weight = model.lm_head.weight
         self.model, self.modules = model, list(model.mtp)[:drafts]
+        self.few = FewTokens(model) if self.modules and fits(model) else None
         self.caches = [LatentCache(model.cfg, batch, capacity, weight.dtype, weight.device) for _ in self.modules]
         # Of each depth the state after the last certain token: the next one that comes is read beside it, a depth further.
         self.carried: list[Float[Tensor, "b 1 d"]] = []
@@ -77,14 +78,14 @@ class Drafter:
             drafts.append(draft)
             shares.extend(drawn_from)
 
-        depths = list(zip(self.modules, self.caches, strict=True))[:count]
-        for depth, (module, cache) in enumerate(depths):
+        depths = self.caches[:count]
+        for depth, cache in enumerate(depths):
             if depth and self.carried:
                 hidden = torch.cat([self.carried[depth - 1], hidden], dim=1)
             first = length + depth - hidden.shape[1]  # the place in `text` of the first token that is read now
             held = cache.lengths
             certain.append([n + max(0, k - first) for n, k in zip(held, kept, strict=True)])
-            hidden = self._read(module, cache, text[:, first : length + depth], hidden)
+            hidden = self._read(depth, text[:, first : length + depth], hidden)
             carried.append(hidden[rows, (newest - first).clamp(min=0)][:, None])
             state = hidden[rows, newest + depth - first]
             propose(state)
@@ -94,28 +95,29 @@ class Drafter:
         if count > len(depths):  # the last module goes on, beside its own states
             cache.truncate([n + k + depth - first for n, k in zip(held, kept, strict=True)])
         for _ in range(count - len(depths)):
-            state = self._read(module, cache, drafts[-1][:, None], state[:, None])[:, 0]
+            state = self._read(depth, drafts[-1][:, None], state[:, None])[:, 0]
             propose(state)
 
-        for (_, cache), lengths in zip(depths, certain, strict=True):
+        for cache, lengths in zip(depths, certain, strict=True):
             cache.truncate(lengths)
         self.carried = carried
         return Drafted(torch.stack(drafts, dim=1), shares)
 
-    def _read(
-        self, module: MTPModule, cache: LatentCache, tokens: Int[Tensor, "b s"], beside: Float[Tensor, "b s d"]
-    ) -> Float[Tensor, "b s d"]:
+    def _read(self, depth: int, tokens: Int[Tensor, "b s"], beside: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """One module's states after these tokens. Its slots count from the first token that it read: RoPE sees distances."""
-        seen, positions = cache.length, cache.positions(tokens.shape[1])
-        mask = visible(positions, seen + tokens.shape[1]) if seen else None
+        cache, new = self.caches[depth], tokens.shape[1]
+        if self.few is not None and self.few.absorbs(new, cache.length + new):
+            return self.few.mtp_states(depth, tokens, beside, cache)
+        positions = cache.positions(new)
+        mask = visible(positions, cache.length + new) if cache.length else None
         turn = rotations(self.model.cfg, positions)
-        states, _ = module(self.model.embed_tokens(tokens), beside, turn, mask, cache)
+        states, _ = self.modules[depth](self.model.embed_tokens(tokens), beside, turn, mask, cache)
         return states
 
     def select(self, rows: Sequence[int]) -> Drafter:
         """A new one with these rows, in memory of its own."""
         chosen = object.__new__(type(self))
-        chosen.model, chosen.modules = self.model, self.modules
+        chosen.model, chosen.modules, chosen.few = self.model, self.modules, self.few
         chosen.caches = [cache.select(rows) for cache in self.caches]
         chosen.carried = [state[list(rows)] for state in self.carried]
         return chosen

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.choosing import Drafted, chooser
+from dsv3_mini.inference.few_tokens import FewTokens, fits
 from dsv3_mini.inference.settings import Prompts, Settings, checked_prompts
 from dsv3_mini.inference.speculative import Drafter
 from dsv3_mini.model import DeepSeekV3
@@ -65,6 +66,7 @@ class Reader:
 
     def __init__(self, model: DeepSeekV3, cache: list[LatentCache]) -> None:
         self.model, self.cache = model, cache
+        self.few = FewTokens(model) if fits(model) else None
         self.lengths = cache[0].lengths  # of what is kept
 
     @classmethod
@@ -73,6 +75,9 @@ class Reader:
         return cls(model, LatentCache.for_model(model.cfg, batch, capacity, weight.dtype, weight.device))
 
     def read(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
+        new = tokens.shape[1]
+        if self.few is not None and self.few.absorbs(new, self.cache[0].length + new):
+            return self.few.main_states(tokens, self.cache)
         states, _ = self.model.main_states(tokens, cache=self.cache)
         return states
 

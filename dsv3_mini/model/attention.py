@@ -11,13 +11,12 @@ attention keeps 40,960.
     query    = [W_UQ q_latent ; RoPE(W_QR q_latent)] h (n + r),  q_latent = norm(W_DQ x)
 
 Two ways to the same output stand below: `expanded` builds every head's keys and values (training, prefill); `absorbed`
-folds W_UK into the query and W_UV into the output, and attends to the latents themselves (decoding). `cheaper` counts which
+folds W_UK into the query and W_UV into the output, and attends to the latents themselves (decoding). `absorbs` counts which
 of the two takes fewer products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -86,12 +85,12 @@ class MultiHeadLatentAttention(nn.Module):
         latent, key_rope = self._latents(x, turn)
         if cache is not None:
             latent, key_rope = cache.extend(latent, key_rope)
-        attend = self.cheaper(x.shape[1], latent.shape[1])
+        attend = self.absorbed if self.absorbs(x.shape[1], latent.shape[1]) else self.expanded
         mixed = attend(query_nope, query_rope, latent, key_rope, mask)
         return self.o_proj(rearrange(mixed, "b s h v -> b s (h v)"))
 
-    def cheaper(self, new: int, context: int) -> Callable[..., Float[Tensor, "b s h v"]]:
-        """`absorbed` or `expanded`: the one with fewer products for `new` queries over `context` keys, the new ones included.
+    def absorbs(self, new: int, context: int) -> bool:
+        """Whether `absorbed` takes fewer products than `expanded`, for `new` queries over `context` keys, the new ones included.
 
         Building a key and a value costs up = c (n + v) multiplications in a head, for each cached token; folding costs as
         many, for each new one. In exchange a query meets a key in 2c + r numbers on the latents, in n + r + v on the heads.
@@ -99,8 +98,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         latent = self.kv_b_proj.in_features
         up, wider = latent * (self.nope + self.value), 2 * latent - self.nope - self.value
-        absorb = new < context and new * (up + context * wider) < context * up
-        return self.absorbed if absorb else self.expanded
+        return new < context and new * (up + context * wider) < context * up
 
     def expanded(
         self,

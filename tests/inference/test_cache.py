@@ -45,7 +45,7 @@ def test_generation_allocates_what_the_ledger_counts(dtype: torch.dtype, name: s
         patch.setattr(LatentCache, "for_model", classmethod(watched))
         writing = Writing(model, [[1] * 7, [2] * 3, [3] * 5], Settings(max_new_tokens=20))
         for _ in writing:
-            taken.append(sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.latent, layer.key_rope)))
+            taken.append(sum(layer.kept.untyped_storage().nbytes() for layer in layers))
     assert set(taken) == {3 * 27 * cache_per_token(model.cfg, dtype=name).bytes("mla")}
 
 
@@ -163,7 +163,7 @@ def test_rows_of_unequal_lengths_are_as_if_read_alone(changes: dict) -> None:
         (1, [1, 0, 1]),
         (3, [3, 3, 3]),
     ):
-        ways.add(layer.cheaper(width, max(done) + width) == layer.expanded)
+        ways.add(layer.absorbs(width, max(done) + width))
         for kept_by_layer in cache:
             kept_by_layer.truncate(done)
             for row, length in enumerate(done):  # whatever lies there is seen by nobody
