@@ -31,7 +31,7 @@ from dsv3_mini.train.trainer import Observer, Trainer
 
 SHAPE = ModelConfig.preset("nano", initializer_range=0.08)
 TOKENS = 100_000  # half a minute on one core
-SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 4, 48, 0.7  # of the stories that are sampled at each evaluation
+SAMPLES, SAMPLE_TOKENS = 4, 48  # of the stories that are sampled at each evaluation
 ROWS = 8  # held-out rows of each domain
 
 Line = Mapping[str, Any]
@@ -71,7 +71,7 @@ class Scores(Observer):
             loss = held_out_loss(model, rows.tokens, tokenizer.pad_id)
             scores["validation_loss"][domain] = round(loss.per_token, 4)
             scores["bits_per_byte"][domain] = round(loss.bits_per_byte(rows.n_bytes), 4)
-        texts = sample_stories(model, tokenizer, SAMPLES, TEMPERATURE, seed=0, most=SAMPLE_TOKENS)
+        texts = sample_stories(model, tokenizer, SAMPLES, seed=0, most=SAMPLE_TOKENS)
         judged = [well_formed for text in texts for _, well_formed in read_by_grammar(text) if well_formed is not None]
         share = sum(judged) / max(1, len(judged))
         return {**scores, "judged": {"sentences_well_formed": round(share, 4)}, "sample": texts[0]}

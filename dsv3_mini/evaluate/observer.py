@@ -33,5 +33,5 @@ class Validation(Observer):
         learns_grammar = {"stories", "sums"} <= set(self.domains)
         if self.samples and learns_grammar and trainer.cfg.max_position_embeddings >= JUDGED_CONTEXT:
             scores["judged"] = judge_model(model, self.tokenizer, self.samples, self.samples).to_log()
-            scores["sample"] = sample_stories(model, self.tokenizer, 1, temperature=1.0, seed=trainer.step)[0]
+            scores["sample"] = sample_stories(model, self.tokenizer, 1, seed=trainer.step)[0]
         return scores
