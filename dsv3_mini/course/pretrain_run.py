@@ -22,7 +22,7 @@ from dsv3_mini.data.shipped import shipped
 from dsv3_mini.data.story_judge import well_formed_sentence
 from dsv3_mini.data.stream import HeldOut, held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
-from dsv3_mini.evaluate.bits_per_byte import held_out_loss
+from dsv3_mini.evaluate.bits_per_byte import losses_by_domain
 from dsv3_mini.evaluate.judged import sample_stories
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.recipe import Recipe
@@ -66,15 +66,11 @@ class Scores(Observer):
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         model, tokenizer = trainer.averaged_model(), self.tokenizer
-        scores: dict[str, Any] = {"validation_loss": {}, "bits_per_byte": {}}
-        for domain, rows in self.held_out.items():
-            loss = held_out_loss(model, rows.tokens, tokenizer.pad_id)
-            scores["validation_loss"][domain] = round(loss.per_token, 4)
-            scores["bits_per_byte"][domain] = round(loss.bits_per_byte(rows.n_bytes), 4)
+        losses = losses_by_domain(model, self.held_out, tokenizer.pad_id)
         texts = sample_stories(model, tokenizer, SAMPLES, seed=0, most=SAMPLE_TOKENS)
         judged = [well_formed for text in texts for _, well_formed in read_by_grammar(text) if well_formed is not None]
         share = sum(judged) / max(1, len(judged))
-        return {**scores, "judged": {"sentences_well_formed": round(share, 4)}, "sample": texts[0]}
+        return {**losses, "judged": {"sentences_well_formed": round(share, 4)}, "sample": texts[0]}
 
 
 def read_by_grammar(text: str) -> list[tuple[str, bool | None]]:
