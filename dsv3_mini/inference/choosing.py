@@ -110,6 +110,8 @@ class Greedy(Chooser):
 
     def verify(self, logits: Tensor, drafted: Drafted) -> tuple[Tensor, Tensor]:
         best = self._penalised(logits, drafted.tokens).argmax(dim=-1)
+        if best.shape[1] == 1:
+            return torch.zeros_like(best[:, 0]), best[:, 0]  # nothing was drafted
         agreed = _first_ones(best[:, :-1] == drafted.tokens)
         return agreed, _at(best, agreed)
 

@@ -39,7 +39,8 @@ class Prefix:
         device = model.lm_head.weight.device
         ids = torch.tensor([self.tokens], device=device)
         depths = len(model.mtp) if use_mtp else 0
-        self._reader, self._drafter = Reader.with_room(model, 1, self.read), Drafter(model, depths, 1, self.read)
+        self._reader = Reader.with_room(model, 1, self.read)
+        self._drafter = Drafter(model, depths, 1, self.read, self._reader.few)
         states = self._reader.read(ids[:, :-1])
         self._reader.keep([self.read])
         # The drafts are of no use; what counts is that the modules have read.

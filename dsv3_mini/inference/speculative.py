@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.choosing import Chooser, Drafted
-from dsv3_mini.inference.few_tokens import FewTokens, fits
+from dsv3_mini.inference.few_tokens import FewTokens
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.transformer import visible
@@ -35,10 +35,10 @@ from dsv3_mini.model.transformer import visible
 class Drafter:
     """The chain of MTP modules that `drafts` tokens a pass need, with their caches, for `batch` rows of `capacity` tokens."""
 
-    def __init__(self, model: DeepSeekV3, drafts: int, batch: int, capacity: int) -> None:
+    def __init__(self, model: DeepSeekV3, drafts: int, batch: int, capacity: int, few: FewTokens | None = None) -> None:
         weight = model.lm_head.weight
         self.model, self.modules = model, list(model.mtp)[:drafts]
-        self.few = FewTokens(model) if self.modules and fits(model) else None
+        self.few = few
         self.caches = [LatentCache(model.cfg, batch, capacity, weight.dtype, weight.device) for _ in self.modules]
         # Of each depth the state after the last certain token: the next one that comes is read beside it, a depth further.
         self.carried: list[Float[Tensor, "b 1 d"]] = []

@@ -64,15 +64,15 @@ class Counts:
 class Reader:
     """The main model with its cache: reads tokens after all that it has kept."""
 
-    def __init__(self, model: DeepSeekV3, cache: list[LatentCache]) -> None:
-        self.model, self.cache = model, cache
-        self.few = FewTokens(model) if fits(model) else None
+    def __init__(self, model: DeepSeekV3, cache: list[LatentCache], few: FewTokens | None = None) -> None:
+        self.model, self.cache, self.few = model, cache, few
         self.lengths = cache[0].lengths  # of what is kept
 
     @classmethod
     def with_room(cls, model: DeepSeekV3, batch: int, capacity: int) -> Reader:
         weight = model.lm_head.weight
-        return cls(model, LatentCache.for_model(model.cfg, batch, capacity, weight.dtype, weight.device))
+        cache = LatentCache.for_model(model.cfg, batch, capacity, weight.dtype, weight.device)
+        return cls(model, cache, FewTokens(model) if fits(model) else None)
 
     def read(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
         new = tokens.shape[1]
@@ -89,7 +89,7 @@ class Reader:
 
     def select(self, rows: Sequence[int]) -> Reader:
         """A new one with these rows, in memory of its own."""
-        return Reader(self.model, [layer.select(rows) for layer in self.cache])
+        return Reader(self.model, [layer.select(rows) for layer in self.cache], self.few)
 
 
 class Writing:
@@ -160,11 +160,8 @@ class Writing:
         if prefix is not None:
             return (*prefix.fork(batch), [prompt[prefix.read :] for prompt in self.prompts])
         capacity = max(map(len, self.prompts)) + self.settings.max_new_tokens + self.drafts
-        return (
-            Reader.with_room(self.model, batch, capacity),
-            Drafter(self.model, self.drafts, batch, capacity),
-            self.prompts,
-        )
+        reader = Reader.with_room(self.model, batch, capacity)
+        return reader, Drafter(self.model, self.drafts, batch, capacity, reader.few), self.prompts
 
     def _room(self, reader: Reader) -> int:
         """How many tokens to draft: no more than any row still wants behind its next one, or than the context has places for."""
