@@ -41,8 +41,9 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Idle time of the busiest rank: the step is this much longer than its work."""
-        return min(map(self.idle, range(self.schedule.n_ranks)))
+        """Of the idlest rank, which is Table 2's. Ranks differ only in DualPipe, where those nearer to the turn run more
+        pairs: what a pair saves is time that they have left."""
+        return max(map(self.idle, range(self.schedule.n_ranks)))
 
     @property
     def bubble_share(self) -> float:
@@ -87,7 +88,9 @@ def simulate(schedule: Schedule, costs: PhaseCosts | None = None) -> Timeline:
                 free = end[rank][-1] if end[rank] else 0
                 start[rank].append(max([free, *(given[need] for need in needs)]))
                 end[rank].append(start[rank][-1] + costs.of(slot.kind))
-                given |= {op.gives: end[rank][-1] for op in slot.ops if op.gives is not None}
+                for op in slot.ops:
+                    if (result := op.gives) is not None:
+                        given[result] = end[rank][-1]
                 moving = True
     at = [len(times) for times in end]
     if any(place < len(schedule.order[rank]) for rank, place in enumerate(at)):

@@ -239,7 +239,7 @@ def moved(timeline: Timeline, rank: int, number: int, start: float = 0, end: flo
             moved(TIMES, 0, 3, -1, -1),
             "rank 0 starts B of microbatch 0 at stage 0 at 6, and rank 1 gives the gradient of stage 1 at 7",
         ),
-        (moved(TIMES, 2, 7, 0, 1), r"rank 2, slot 7 \(B of microbatch 3 at stage 2\) runs from 12 to 15: B takes 2"),
+        (moved(TIMES, 0, 7, 0, 1), r"rank 0, slot 7 \(B of microbatch 3 at stage 0\) runs from 16 to 19: B takes 2"),
         (replace(TIMES, start=(TIMES.start[0][1:], *TIMES.start[1:])), r"start has \[7, 8, 8\] times and the schedule \[8, 8, 8\]"),
         (replace(TIMES, end=TIMES.end[:2]), r"end has \[8, 8\] times and the schedule"),
         (replace(TIMES, schedule=corrupted(PLAIN, {1: take(5)})), "rank 1 never runs F of microbatch 3"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_mini.parallel.schedule_checker import check, check_timeline
@@ -21,6 +21,7 @@ from dsv3_mini.parallel.schedules.zero_bubble import zb1p
 
 # Fractions: sums are exact, so bubbles are compared with ==.
 times = st.fractions(Fraction(1, 10), 10, max_denominator=60)
+few = settings(max_examples=30)  # each makes, runs and checks a schedule of up to thousands of slots
 
 
 def idle(schedule: Schedule, costs: PhaseCosts | None = None) -> set[float]:
@@ -40,6 +41,7 @@ def test_1f1b_idles_as_the_table_says(pp: int, microbatches: int) -> None:
         assert idle(one_f_one_b(pp, microbatches), costs) == {(pp - 1) * (costs.forward + costs.backward)}
 
 
+@few
 @given(pp=st.integers(1, 9), more=st.integers(0, 20), forward=times, inputs=times, part=st.fractions(0, 1))
 def test_zb1p_idles_as_the_table_says(pp: int, more: int, forward: Fraction, inputs: Fraction, part: Fraction) -> None:
     weight = part * min(forward, inputs)  # the table's premise: a W is the shortest of the three
@@ -56,6 +58,30 @@ def test_dualpipe_idles_as_the_table_says_whatever_the_number_of_microbatches(pp
     assert idle(from_torch("DualPipeV", pp // 2, pp + extra // 2)) == {bubble}
 
 
+@few
+@given(
+    turn=st.integers(1, 8), extra=st.integers(0, 6), forward=times, part=st.fractions(0, 1), gain=st.fractions(0, 1),
+    two=st.booleans(),
+)  # fmt: skip
+def test_pairs_that_hide_something_idle_as_the_table_says(
+    turn: int, extra: int, forward: Fraction, part: Fraction, gain: Fraction, two: bool
+) -> None:
+    """The table's premise: I takes as long as F, W no longer, and a pair no less than its backward alone.
+
+    It is the idlest ranks' bubble, the two at the turn: the others run fewer pairs and are busy for longer.
+    """
+    weight = part * forward
+    backward = forward + weight
+    costs = PhaseCosts(forward, forward, weight, backward + gain * forward)
+    make, sides = (dualpipe, 2) if two else (dualpipev, 1)
+    timeline = simulate(make(sides * turn, sides * (2 * turn + extra)), costs)
+    check_timeline(timeline)
+    assert timeline.bubble == (turn - 1) * (costs.both + backward - 3 * weight)
+    assert timeline.idle(turn - 1) == timeline.bubble
+    assert (min(map(timeline.idle, range(turn))) < timeline.bubble) == (turn > 2 and gain < 1)
+
+
+@few
 @given(ranks=st.integers(1, 6), rounds=st.integers(1, 4), levels=st.integers(1, 4), forward=times, inputs=times)
 def test_interleaving_idles_as_long_as_1f1b_with_smaller_stages(
     ranks: int, rounds: int, levels: int, forward: Fraction, inputs: Fraction
@@ -150,6 +176,7 @@ def test_dualpipe_is_two_folded_vs(half: int, microbatches: int) -> None:
     assert simulate(two).end[:half] == simulate(one).end
 
 
+@few
 @given(
     name=st.sampled_from([*SCHEDULES]), ranks=st.integers(1, 5).map(lambda n: 2 * n), times_ranks=st.integers(2, 4),
     forward=times, inputs=times, weight=times, gain=st.fractions(0, 1),
@@ -164,6 +191,7 @@ def test_all_of_them_can_be_run_at_any_cost(
     check_timeline(simulate(schedule, costs))
 
 
+@few
 @given(ranks=st.integers(1, 6), microbatches=st.integers(1, 12))
 def test_any_number_of_microbatches_can_be_run(ranks: int, microbatches: int) -> None:
     for make in (one_f_one_b, zb1p):

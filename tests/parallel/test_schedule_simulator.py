@@ -53,7 +53,7 @@ def longest_paths(schedule: Schedule, costs: PhaseCosts) -> dict[tuple[int, int]
     while grown:
         grown = False
         for node, before in edges.items():
-            end = length[node] + max(ends[one] for one in before)
+            end = length[node] + max((ends[one] for one in before), default=0)
             if end > ends[node]:
                 ends[node], grown = end, True
     return ends

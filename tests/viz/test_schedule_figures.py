@@ -223,6 +223,14 @@ def test_what_the_page_gets_is_the_schedules(player: SchedulePlayer) -> None:
     assert names["DualPipeV", 4] == 3 and names["DualPipe", 4] == 2
 
 
+def test_in_the_player_every_bubble_is_the_tables(player: SchedulePlayer) -> None:
+    """Its costs keep the table's premise: F = I, W no longer, F&B between B and F + B. (Rounding: sums of floats.)"""
+    for sent in player.schedules:
+        for place, name in enumerate(COSTS):
+            player.set(name=sent["name"], ranks=sent["ranks"], microbatches=sent["microbatches"], costs=name)
+            assert player.timeline.bubble == pytest.approx(sent["formula"][place], abs=1e-9), (player.alt, name)
+
+
 def test_costs_grow_with_communication_but_pairs_hide_it() -> None:
     assert costs_of(0.0) == PhaseCosts(1, 1, 1, 3)
     half = costs_of(0.5)

@@ -9,9 +9,10 @@ on a rank and in activations of one microbatch at one stage. PP is the number of
     DualPipe, V     (PP/2 - 1)(F&B + B - 3W)      2            PP + 1
     interleaved     (ranks - 1)(F + B)            v            2(ranks - 1) + (v - 1) ranks + 1, and v = stages a rank
 
-Nowhere does the number of microbatches stand: more of them make the same bubble a smaller share of the step. Two
-things to know before comparing rows: with PP stages DualPipeV has half as many ranks, and interleaved 1F1B's stages
-are v times smaller.
+The bubbles are exact where F = I, no W is longer than that, and F&B takes no less than B alone and no more than F + B
+(1F1B and interleaved: at any cost). Nowhere does the number of microbatches stand: more of them make the same bubble
+a smaller share of the step. Two things to know before comparing rows: with PP stages DualPipeV has half as many ranks,
+and interleaved 1F1B's stages are v times smaller.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def overlap_figure(costs: ChunkCosts) -> Figure:
                     gid=f"{piece.name}-{piece.layer}",
                 )
             )  # fmt: skip
-            if width * (WIDTH - 2) * 72 / end > 60:
+            if width * (WIDTH - 2) * 72 / end > 6 * len(piece.name):  # points, of nine-point letters
                 axes.text(piece.start + width / 2, row + 0.5, piece.name, ha="center", va="center", fontsize=9)
         axes.set(xlim=(0, end), ylim=(2, 0), xlabel="time", yticks=(0.5, 1.5), yticklabels=("computes", "communicates"))
         axes.tick_params(axis="y", length=0)

@@ -76,7 +76,7 @@ function simulate(entry, cost) {
   return {
     entry, slots, span, all,
     events: [0, ...new Set(all.flatMap((slot) => [slot.start, slot.end]))].sort((a, b) => a - b),
-    bubble: Math.min(...idle),
+    bubble: Math.max(...idle),
     idleShare: idle.reduce((sum, one) => sum + one, 0) / (idle.length * span),
     peaks: slots.map((row) => Math.max(...row.map((slot) => slot.during))),
   };

@@ -47,7 +47,7 @@ def costs_of(communication: float) -> PhaseCosts:
 
 
 COSTS: Mapping[str, PhaseCosts] = MappingProxyType(
-    {f"{percent}%": costs_of(percent / 100) for percent in range(0, 151, 25)}
+    {f"{percent}%": costs_of(percent / 100) for percent in range(0, 101, 25)}
 )
 
 
