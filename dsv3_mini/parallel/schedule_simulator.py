@@ -118,9 +118,7 @@ def _who_waits(schedule: Schedule, at: list[int], given: Mapping[Result, float])
     while rank not in seen:
         seen.append(rank)
         slot = schedule.order[rank][at[rank]]
-        op, need = next(
-            (op, need) for op in slot.ops for need in op.needs(schedule.n_stages) if need not in given
-        )
+        op, need = next((op, need) for op in slot.ops for need in op.needs(schedule.n_stages) if need not in given)
         wanted = f"the {need.kind} of microbatch {need.microbatch} from stage {need.stage}"
         waits = f"rank {rank} waits in slot {at[rank]} ({describe(op, schedule.directions)}) for {wanted}"
         if need not in giver:

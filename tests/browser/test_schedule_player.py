@@ -133,7 +133,8 @@ def test_what_comes_later_is_pale_and_the_kept_are_counted(page: Page, player: S
         assert f"the fullest keeps {max(player.timeline.held_at(now))} activations" in said(page)
         timeline = player.timeline
         busy = sum(
-            any(s <= now < e for s, e in zip(timeline.start[rank], timeline.end[rank], strict=True)) for rank in range(4)
+            any(s <= now < e for s, e in zip(timeline.start[rank], timeline.end[rank], strict=True))
+            for rank in range(4)
         )
         assert f"{busy} of 4 ranks compute" in said(page)
     row, (left, top, wide, _) = 44, TIMES

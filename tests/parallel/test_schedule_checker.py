@@ -99,7 +99,11 @@ CORRUPTED = {
         {2: put(0, Op(F, 0, 2), Op(B, 0, 2))},
         "rank 2, slot 0 holds .* a backward cannot overlap with the forward that it needs",
     ),
-    "an unknown phase": (PLAIN, {0: put(3, Op("X", 0, 0))}, "rank 0, slot 3: X of microbatch 0 at stage 0: 'X' is no phase"),
+    "an unknown phase": (
+        PLAIN,
+        {0: put(3, Op("X", 0, 0))},
+        "rank 0, slot 3: X of microbatch 0 at stage 0: 'X' is no phase",
+    ),
     # place
     "a microbatch too many": (
         PLAIN,
@@ -127,7 +131,11 @@ CORRUPTED = {
     ),
     "weights twice": (CUT, {0: insert(12, slot(W, 3, 0))}, "rank 0: W of microbatch 3 .* in slots 11 and 12"),
     "a forward forgotten": (PLAIN, {1: take(5)}, "rank 1 never runs F of microbatch 3 at stage 1"),
-    "a backward forgotten": (PLAIN, {2: take(7)}, "rank 2 never runs B of microbatch 3 at stage 2, nor I and W instead"),
+    "a backward forgotten": (
+        PLAIN,
+        {2: take(7)},
+        "rank 2 never runs B of microbatch 3 at stage 2, nor I and W instead",
+    ),
     "weights forgotten": (CUT, {2: take(11)}, "rank 2 runs I of microbatch 3 at stage 2 but never its W"),
     "an input's backward forgotten": (CUT, {1: take(2)}, "rank 1 runs W of microbatch 0 at stage 1 but never its I"),
     "a full backward and the input's": (
@@ -135,7 +143,11 @@ CORRUPTED = {
         {0: put(4, Op(B, 0, 0))},
         "rank 0 runs B of microbatch 0 at stage 0 and I besides: B is I and W already",
     ),
-    "a full backward and the weights'": (PLAIN, {0: insert(8, slot(W, 2, 0))}, "rank 0 runs B of microbatch 2 .* and W besides"),
+    "a full backward and the weights'": (
+        PLAIN,
+        {0: insert(8, slot(W, 2, 0))},
+        "rank 0 runs B of microbatch 2 .* and W besides",
+    ),
     # order on a rank
     "a backward first": (
         PLAIN,
@@ -204,7 +216,9 @@ def test_other_orders_that_can_be_run_are_not_refused() -> None:
 
 def test_a_rank_has_only_so_much_room() -> None:
     check(PLAIN, activations=3)
-    with pytest.raises(ScheduleError, match=r"rank 0 keeps 3 activations in slot 2 \(F of microbatch 2 at stage 0\) and has room for 2"):
+    with pytest.raises(
+        ScheduleError, match=r"rank 0 keeps 3 activations in slot 2 \(F of microbatch 2 at stage 0\) and has room for 2"
+    ):
         check(PLAIN, activations=2)
     check(TWO, activations=5)
     assert len(list(problems(TWO, 4))) == 4, "PP + 1 on each of the four ranks"

@@ -171,7 +171,8 @@ def test_dualpipe_is_two_folded_vs(half: int, microbatches: int) -> None:
                 for slot in two.order[here]
             ]
             assert alike == [
-                [(op.phase, op.microbatch, op.stage, int(op.stage >= half)) for op in slot.ops] for slot in one.order[rank]
+                [(op.phase, op.microbatch, op.stage, int(op.stage >= half)) for op in slot.ops]
+                for slot in one.order[rank]
             ]
     assert simulate(two).end[:half] == simulate(one).end
 
@@ -211,13 +212,16 @@ def test_torchs_schedules_are_valid(name: str, ranks: int, microbatches: int) ->
     assert schedule.n_ranks == ranks and schedule.n_stages == ranks * (1 if name == "1F1B" else 2)
     assert schedule.name == f"torch {name}" and schedule.total_microbatches == microbatches
     kinds = {slot.kind for slots in schedule.order for slot in slots}
-    assert kinds <= {
-        "1F1B": {"F", "B"},
-        "Interleaved1F1B": {"F", "B"},
-        "InterleavedZeroBubble": {"F", "I", "W"},
-        "ZBVZeroBubble": {"F", "I", "W"},
-        "DualPipeV": {"F", "B", "I", "W", "F&B"},
-    }[name]
+    assert (
+        kinds
+        <= {
+            "1F1B": {"F", "B"},
+            "Interleaved1F1B": {"F", "B"},
+            "InterleavedZeroBubble": {"F", "I", "W"},
+            "ZBVZeroBubble": {"F", "I", "W"},
+            "DualPipeV": {"F", "B", "I", "W", "F&B"},
+        }[name]
+    )
     assert ("F&B" in kinds) == (name == "DualPipeV")
 
 
@@ -232,7 +236,9 @@ def test_torchs_1f1b_is_put_right_on_the_last_rank() -> None:
     from torch.distributed.pipelining import _schedule_visualizer
 
     raw = _schedule_visualizer.get_schedule_ops("1F1B", 4, 8)
-    assert [str(a) for a in raw[-1] if a is not None][:2] == ["3F1", "3B0"], "torch has mended it: the reader's care may go"
+    assert [str(a) for a in raw[-1] if a is not None][:2] == ["3F1", "3B0"], (
+        "torch has mended it: the reader's care may go"
+    )
     last = from_torch("1F1B", 4, 8).lines()[-1]
     assert last == " ".join(f"3F{number} 3B{number}" for number in range(8))
 

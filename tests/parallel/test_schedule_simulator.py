@@ -70,7 +70,11 @@ def test_nothing_waits_longer_than_the_longest_path(name: str) -> None:
         found = {(rank, i): end for rank, row in enumerate(timeline.end) for i, end in enumerate(row)}
         assert found == longest_paths(schedule, costs)
         assert timeline.span == max(found.values())
-        computed = [end - start for rows in zip(timeline.start, timeline.end, strict=True) for start, end in zip(*rows, strict=True)]
+        computed = [
+            end - start
+            for rows in zip(timeline.start, timeline.end, strict=True)
+            for start, end in zip(*rows, strict=True)
+        ]
         assert sum(computed) == sum(timeline.busy(rank) for rank in range(ranks))
 
 
@@ -228,7 +232,10 @@ def test_needs_and_gifts_fit_together() -> None:
         ({"microbatches": 0}, "microbatches = 0 must be a whole number of at least 1"),
         ({"rank_of": ()}, "rank_of must name a rank for every stage"),
         ({"rank_of": ((0, 1), (0,))}, "as many stages in each direction"),
-        ({"rank_of": ((0, 2),)}, r"rank_of names ranks \[0, 2\] and order has 2 rows: each of ranks 0 to 1 must hold a stage"),
+        (
+            {"rank_of": ((0, 2),)},
+            r"rank_of names ranks \[0, 2\] and order has 2 rows: each of ranks 0 to 1 must hold a stage",
+        ),
         ({"rank_of": ((0, 0),)}, r"rank_of names ranks \[0\]"),
     ],
 )

@@ -207,7 +207,9 @@ def test_every_control_changes_its_still_picture(player: SchedulePlayer) -> None
     assert len(set(pictures)) == 6
     assert base64.b64decode(pictures[0]).startswith(b"\x89PNG")
     assert "application/vnd.jupyter.widget-view+json" in data
-    assert data["text/plain"].startswith("Schedule player, ZB1P on 4 ranks with 12 microbatches and communication of 50%, at")
+    assert data["text/plain"].startswith(
+        "Schedule player, ZB1P on 4 ranks with 12 microbatches and communication of 50%, at"
+    )
 
 
 def test_what_the_page_gets_is_the_schedules(player: SchedulePlayer) -> None:
