@@ -84,7 +84,7 @@ def test_the_page_computes_what_python_computes(page: Page, player: SchedulePlay
             player.set(name=name, ranks=RANKS[ranks_at], microbatches=microbatches, costs=costs[cost_at])
             timeline, text = player.timeline, said(page, ".score")
             step, bubble, formula, idle = map(float, re.match(
-                r"A step takes ([\d.]+); bubble ([\d.]+), by Table 2 ([\d.]+); ([\d.]+)% of", text).groups())  # fmt: skip
+                r"A step takes ([\d.]+); bubble ([\d.]+), by the formula ([\d.]+); ([\d.]+)% of", text).groups())  # fmt: skip
             place = player.facts["names"].index(name), ranks_at, rounds_at
             sent = next(
                 each for each in player.schedules
@@ -215,7 +215,7 @@ def test_keys_stay_in_the_player_and_every_control_moves_the_picture(page: Page)
     page.locator("canvas").press("ArrowRight")
     assert page.evaluate("heard") == [], "no key leaves the player: JupyterLab would take it"
     assert page.get_attribute("canvas", "role") == "img"
-    assert "interleaved, 8 ranks, 24 microbatches." in page.get_attribute("canvas", "aria-label")
+    assert "1F1B, 8 ranks, 24 microbatches." in page.get_attribute("canvas", "aria-label")
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button, select, input')].filter((c) => !c.ariaLabel && !c.textContent.trim()).length"
     )

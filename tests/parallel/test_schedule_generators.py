@@ -14,7 +14,8 @@ from dsv3_mini.parallel.schedule_ir import Schedule, ScheduleError
 from dsv3_mini.parallel.schedule_simulator import simulate
 from dsv3_mini.parallel.schedules import SCHEDULES, bubble_formula, make_schedule
 from dsv3_mini.parallel.schedules.dualpipe import dualpipe, dualpipev
-from dsv3_mini.parallel.schedules.from_torch import TORCH_SCHEDULES, from_torch
+from dsv3_mini.parallel.schedules.from_torch import ONE_STAGE, TORCH_SCHEDULES, from_torch
+from dsv3_mini.parallel.schedules.gpipe import gpipe
 from dsv3_mini.parallel.schedules.interleaved import interleaved
 from dsv3_mini.parallel.schedules.one_f_one_b import one_f_one_b
 from dsv3_mini.parallel.schedules.zero_bubble import zb1p
@@ -36,9 +37,10 @@ def idle(schedule: Schedule, costs: PhaseCosts | None = None) -> set[float]:
 
 @pytest.mark.parametrize("pp", [1, 2, 3, 5, 8, 16])
 @pytest.mark.parametrize("microbatches", [1, 2, 7, 16, 33])
-def test_1f1b_idles_as_the_table_says(pp: int, microbatches: int) -> None:
+def test_gpipe_and_1f1b_idle_as_the_table_says(pp: int, microbatches: int) -> None:
     for costs in (PhaseCosts(1, 1, 1), PhaseCosts(3, 4, 2), PhaseCosts(5, 1, 1)):
-        assert idle(one_f_one_b(pp, microbatches), costs) == {(pp - 1) * (costs.forward + costs.backward)}
+        for make in (gpipe, one_f_one_b):
+            assert idle(make(pp, microbatches), costs) == {(pp - 1) * (costs.forward + costs.backward)}
 
 
 @few
@@ -109,6 +111,7 @@ def test_formulas_are_those_of_the_simulation(name: str) -> None:
 def test_activations_and_parameters_are_those_of_the_table(pp: int, times_pp: int) -> None:
     microbatches = times_pp * pp
     for schedule, activations, parameters in (
+        (gpipe(pp, microbatches), [microbatches] * pp, 1),
         (one_f_one_b(pp, microbatches), list(range(pp, 0, -1)), 1),
         (zb1p(pp, microbatches), [pp] * pp, 1),
         (dualpipe(pp, microbatches), [pp + 1] * pp, 2),
@@ -150,8 +153,9 @@ def test_small_ones_are_those_written_by_hand() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rounds", [2, 3, 5])
-def test_three_of_them_are_torchs_to_the_slot(ranks: int, rounds: int) -> None:
+def test_four_of_them_are_torchs_to_the_slot(ranks: int, rounds: int) -> None:
     microbatches = rounds * ranks
+    assert gpipe(ranks, microbatches).lines() == from_torch("GPipe", ranks, microbatches).lines()
     assert one_f_one_b(ranks, microbatches).lines() == from_torch("1F1B", ranks, microbatches).lines()
     assert dualpipev(ranks, microbatches).lines() == from_torch("DualPipeV", ranks, microbatches).lines()
     for levels in (2, 3):
@@ -209,12 +213,13 @@ def test_any_number_of_microbatches_can_be_run(ranks: int, microbatches: int) ->
 def test_torchs_schedules_are_valid(name: str, ranks: int, microbatches: int) -> None:
     schedule = from_torch(name, ranks, microbatches)
     check_timeline(simulate(schedule))
-    assert schedule.n_ranks == ranks and schedule.n_stages == ranks * (1 if name == "1F1B" else 2)
+    assert schedule.n_ranks == ranks and schedule.n_stages == ranks * (1 if name in ONE_STAGE else 2)
     assert schedule.name == f"torch {name}" and schedule.total_microbatches == microbatches
     kinds = {slot.kind for slots in schedule.order for slot in slots}
     assert (
         kinds
         <= {
+            "GPipe": {"F", "B"},
             "1F1B": {"F", "B"},
             "Interleaved1F1B": {"F", "B"},
             "InterleavedZeroBubble": {"F", "I", "W"},
@@ -259,12 +264,12 @@ def test_torchs_1f1b_is_put_right_on_the_last_rank() -> None:
         (dualpipe, (4, 6), "microbatches = 6 must be a whole number of at least 8: DualPipe needs two"),
         (dualpipe, (5, 20), "n_ranks = 5 must be even"),
         (dualpipe, (4, 9), "microbatches = 9 must be even"),
-        (from_torch, ("GPipe", 2, 4), "'GPipe' is none of torch's schedules: choose one of 1F1B, "),
+        (from_torch, ("DualPipe", 2, 4), "'DualPipe' is none of torch's schedules: choose one of GPipe, 1F1B, "),
         (from_torch, ("1F1B", 4, 3), r"torch makes no 1F1B of 4 ranks and 3 microbatches: .*\(3\)"),
         (from_torch, ("DualPipeV", 4, 7), "torch makes no DualPipeV .* at least as many microbatches as stages"),
         (from_torch, ("ZBVZeroBubble", 4, 8, 3), "torch makes no ZBVZeroBubble .* exactly 2 stages"),
         (from_torch, ("DualPipeV", 0, 7), "n_ranks = 0 must be"),
-        (make_schedule, ("2F2B", 4, 8), "'2F2B' is no schedule here: choose one of 1F1B, interleaved, ZB1P"),
+        (make_schedule, ("2F2B", 4, 8), "'2F2B' is no schedule here: choose one of GPipe, 1F1B, interleaved, ZB1P"),
     ],
 )
 def test_what_cannot_be_made_is_refused(make: object, sizes: tuple[object, ...], words: str) -> None:

@@ -180,7 +180,7 @@ def player() -> SchedulePlayer:
 
 
 def test_the_player_chooses_among_schedules(player: SchedulePlayer) -> None:
-    assert player.schedule == make_schedule("1F1B", 2, 4) and player.share == 1
+    assert player.schedule == make_schedule("GPipe", 2, 4) and player.share == 1
     player.set(name="DualPipe", ranks=4, microbatches=12, costs="100%", share=0.25)
     assert player.schedule == make_schedule("DualPipe", 4, 12)
     assert player.timeline.costs == COSTS["100%"]
@@ -188,7 +188,7 @@ def test_the_player_chooses_among_schedules(player: SchedulePlayer) -> None:
     player.set(name="DualPipeV")
     assert player.timeline.costs == COSTS["100%"].scaled(0.5), "its stages are half as large"
     for moves, words in (
-        ({"name": "GPipe"}, "schedule = 'GPipe' is not in the player: choose 1F1B, interleaved, ZB1P"),
+        ({"name": "2F2B"}, "schedule = '2F2B' is not in the player: choose GPipe, 1F1B, interleaved, ZB1P"),
         ({"ranks": 3}, "ranks = 3 is not in the player: choose 2, 4"),
         ({"microbatches": 9}, "microbatches = 9 is not in the player: choose 8, 12"),
         ({"costs": "1%"}, "costs = '1%' is not in the player: choose 0%, 25%"),
@@ -217,11 +217,11 @@ def test_what_the_page_gets_is_the_schedules(player: SchedulePlayer) -> None:
     for sent in player.schedules:
         schedule = make_schedule(sent["name"], sent["ranks"], sent["microbatches"])
         assert (tuple(sent["lines"]), sent["stages"]) == (schedule.lines(), schedule.n_stages)
-        assert sent["parameters"] == (1 if sent["name"] in ("1F1B", "ZB1P") else 2)
+        assert sent["parameters"] == (1 if sent["name"] in ("GPipe", "1F1B", "ZB1P") else 2)
         assert len(sent["formula"]) == len(COSTS)
     names = {(sent["name"], sent["ranks"]): sent["formula"][0] for sent in player.schedules}
     # A rank's share costs F = I = W = 1: half of that a stage of the V and of interleaved 1F1B.
-    assert names["1F1B", 4] == 9 and names["interleaved", 4] == 4.5 and names["ZB1P", 4] == 3
+    assert names["GPipe", 4] == names["1F1B", 4] == 9 and names["interleaved", 4] == 4.5 and names["ZB1P", 4] == 3
     assert names["DualPipeV", 4] == 3 and names["DualPipe", 4] == 2
 
 
@@ -249,7 +249,7 @@ def test_it_is_saved_as_one_page_that_needs_nothing_else(player: SchedulePlayer,
     assert page.count("</script>") == 1 and "export" not in page
     assert MODULE.read_text(encoding="utf-8").endswith(EXPORT)
     state = json.loads(re.search(r"^const state = (.*);$", page, re.MULTILINE)[1])
-    assert state["schedules"] == player.schedules and (state["schedule_at"], state["share"]) == (4, 0.5)
+    assert state["schedules"] == player.schedules and (state["schedule_at"], state["share"]) == (5, 0.5)
 
 
 def test_the_whole_player_makes_a_page_of_a_reasonable_size(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Torch writes a schedule as a table, for each rank a list of actions such as 2F5 
 with None where it thinks that the rank is idle. `get_schedule_ops` makes the table from torch's schedule class and a
 stand-in for the stage. Idle places are dropped: here the order says all. So are the actions that compute nothing.
 
-    1F1B                    stage s on rank s
+    GPipe, 1F1B             stage s on rank s
     Interleaved1F1B         several stages a rank, in rounds
     InterleavedZeroBubble   the same, with the backward cut in two
     ZBVZeroBubble           a V of two stages a rank, everything cut in two
@@ -22,7 +22,8 @@ from torch.distributed.pipelining import _schedule_visualizer
 
 from dsv3_mini.parallel.schedule_ir import Op, Phase, Schedule, ScheduleError, Slot, require_whole
 
-TORCH_SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+ONE_STAGE = ("GPipe", "1F1B")
+TORCH_SCHEDULES = (*ONE_STAGE, "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 OVERLAPPED = "OVERLAP_F_B"
 
@@ -31,7 +32,7 @@ def from_torch(name: str, n_ranks: int, microbatches: int, stages_per_rank: int 
     """Torch's schedule of that name.
 
     Args:
-        stages_per_rank: 1 for 1F1B, exactly 2 for a V; None is 1 or 2.
+        stages_per_rank: 1 for GPipe and 1F1B, exactly 2 for a V; None is 1 or 2.
 
     Raises:
         ScheduleError: there is no such schedule, or torch makes none of that size (its own words say why).
@@ -40,7 +41,7 @@ def from_torch(name: str, n_ranks: int, microbatches: int, stages_per_rank: int 
         raise ScheduleError(f"{name!r} is none of torch's schedules: choose one of {', '.join(TORCH_SCHEDULES)}")
     require_whole("n_ranks", n_ranks)
     require_whole("microbatches", microbatches)
-    levels = stages_per_rank or (1 if name == "1F1B" else 2)
+    levels = stages_per_rank or (1 if name in ONE_STAGE else 2)
     try:
         rows = _schedule_visualizer.get_schedule_ops(name, n_ranks, microbatches, levels)
     except (ValueError, AssertionError) as error:

@@ -5,14 +5,14 @@
 
 const WIDE = 980, FOOT = 8, ROW = 44; // of the picture, in its own units; a row is lower where there are many ranks
 const TIMES = [52, 34, 790, 420], KEPT = [862, 34, 108, 420]; // x, y, width and largest height of the two panels
-const FONT = "15px system-ui, sans-serif", SMALL = "13px system-ui, sans-serif";
+const FONT = "15px system-ui, sans-serif", SHARP = 2;
 const PACES = [["whole step in 20 s", 20], ["in 10 s", 10], ["in 5 s", 5]];
 const INK = "#1a1a1a", QUIET = "#5F5F5F", OWN = "#0072B2", NEAR = 1e-9;
 const WORDS = { F: "forward", B: "backward", I: "backward for the input", W: "backward for the weights" };
 const CONTROLS = ["schedule_at", "ranks_at", "microbatches_at", "cost_at"];
 
 const STYLE = `
-.dsv3-schedule { background: white; color: ${INK}; padding: 8px; font: ${FONT}; line-height: 1.45; max-width: ${WIDE}px; box-sizing: border-box; }
+.dsv3-schedule { background: white; color: ${INK}; padding: 8px; font: ${FONT}; line-height: 1.45; max-width: ${WIDE + 16}px; box-sizing: border-box; }
 .dsv3-schedule .row { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin-bottom: 6px; }
 .dsv3-schedule label { display: inline-flex; gap: 6px; align-items: center; }
 .dsv3-schedule button, .dsv3-schedule select { font: inherit; padding: 2px 10px; border: 1px solid #767676; border-radius: 4px; background: white; color: ${INK}; }
@@ -108,7 +108,7 @@ function render({ model, el }) {
   const canvas = make("canvas", { role: "img", tabindex: 0 });
   const said = make("p", { class: "said" }), score = make("p", { class: "score" });
   const key = make("p", { class: "key" }, ...Object.entries(WORDS).map(([phase, words]) => make("span", {}, make("i", { style: `background: ${colours[phase]}` }), `${phase}, ${words}`)),
-    make("span", {}, make("i", { style: `background: ${colours.idle}` }), "idle"), make("span", {}, "lighter: second stage or other direction"));
+    make("span", {}, make("i", { style: `background: ${colours.idle}` }), "idle"), make("span", {}, make("i", { style: `background: ${colours["F lighter"]}` }), make("i", { style: `background: ${colours["B lighter"]}` }), "lighter: second stage or other direction"));
   const label = (text, name) => make("label", {}, text, sliders[name], says[name]);
   const root = make(
     "div",
@@ -119,7 +119,7 @@ function render({ model, el }) {
     canvas, key, said, score,
   );
   el.replaceChildren(root);
-  const scale = Math.max(1, globalThis.devicePixelRatio || 1);
+  const scale = Math.max(SHARP, globalThis.devicePixelRatio || 1); // small numbers stay legible where the picture is made narrower
   canvas.width = WIDE * scale;
   const still = make("canvas"); // the whole step, drawn once
   still.width = canvas.width;
@@ -155,9 +155,9 @@ function render({ model, el }) {
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.fillStyle = "white";
     pen.fillRect(0, 0, WIDE, still.height);
-    words(pen, "time →", TIMES[0], TIMES[1] - 14, { font: SMALL, colour: QUIET });
-    words(pen, "activations", KEPT[0], KEPT[1] - 14, { font: SMALL, colour: QUIET });
-    words(pen, "rank", TIMES[0] - 8, TIMES[1] - 14, { font: SMALL, colour: QUIET, align: "right" });
+    words(pen, "time →", TIMES[0], TIMES[1] - 14, { colour: QUIET });
+    words(pen, "activations", KEPT[0], KEPT[1] - 14, { colour: QUIET });
+    words(pen, "rank", TIMES[0] - 8, TIMES[1] - 14, { colour: QUIET, align: "right" });
     for (let rank = 0; rank < entry.ranks; rank++) {
       pen.fillStyle = colours.idle;
       pen.fillRect(TIMES[0], TIMES[1] + (rank + 0.07) * row(), TIMES[2], row() * 0.86);
@@ -168,7 +168,7 @@ function render({ model, el }) {
         const [x, y, wide, high] = boxOf(slot, op), second = op.direction || Math.floor(op.stage / entry.ranks) % 2;
         pen.fillStyle = colours[second ? `${op.phase} lighter` : op.phase];
         pen.fillRect(x, y, wide, high);
-        if (wide > 3) {
+        if (wide > 6) { // thin boxes would be all border
           [pen.strokeStyle, pen.lineWidth] = ["white", 0.7];
           pen.strokeRect(x, y, wide, high);
         }
@@ -177,7 +177,7 @@ function render({ model, el }) {
       }
       if (slot.ops.length > 1) {
         const [x, y, wide, high] = boxOf(slot, slot.ops[0]);
-        [pen.strokeStyle, pen.lineWidth] = [INK, 1];
+        [pen.strokeStyle, pen.lineWidth] = [INK, wide > 6 ? 1 : 0.3];
         pen.strokeRect(x, y, wide, 2 * high);
       }
     }
@@ -207,11 +207,11 @@ function render({ model, el }) {
     pen.fillRect(x - 1, TIMES[1], 2, bottom);
     const most = Math.max(...run.peaks), unit = (KEPT[2] - 30) / most;
     run.peaks.forEach((peak, rank) => {
-      const y = KEPT[1] + (rank + 0.07) * row(), high = row() * 0.86, count = kept(rank, now);
+      const y = KEPT[1] + (rank + 0.07) * row(), high = row() * 0.86, count = share < 1 ? kept(rank, now) : peak; // at the end all are gone: the most stands there
       [pen.strokeStyle, pen.lineWidth, pen.fillStyle] = [QUIET, 1, OWN];
       pen.fillRect(KEPT[0], y, count * unit, high);
       pen.strokeRect(KEPT[0], y, peak * unit, high);
-      words(pen, count, KEPT[0] + peak * unit + 5, y + high / 2 + 5, { font: SMALL });
+      words(pen, count, KEPT[0] + peak * unit + 5, y + high / 2 + 5);
     });
     tell(now);
     root.dataset.share = share;
@@ -240,8 +240,10 @@ function render({ model, el }) {
   /** What the picture says, in words; a voice hears it when the film stands. */
   function tell(now) {
     const busy = run.slots.filter((row, rank) => (slotAt(rank, now)?.end ?? 0) > now + NEAR).length;
-    let text = `Time ${short(now)} of ${short(run.span)}: ${busy} of ${run.entry.ranks} ranks compute; the fullest keeps `
-      + `${Math.max(...run.peaks.map((_, rank) => kept(rank, now)))} activations.`;
+    let text = share < 1
+      ? `Time ${short(now)} of ${short(run.span)}: ${busy} of ${run.entry.ranks} ranks compute; the fullest keeps `
+        + `${Math.max(...run.peaks.map((_, rank) => kept(rank, now)))} activations.`
+      : `The whole step, time 0 to ${short(run.span)}; the bars show the most activations that each rank keeps.`;
     if (pointed) {
       const { slot } = pointed;
       text += ` Rank ${slot.rank}, ${short(slot.start)} to ${short(slot.end)}: ${slot.ops.map(named).join(", overlapped with ")}.`;
@@ -250,7 +252,7 @@ function render({ model, el }) {
     said.setAttribute("aria-live", stands ? "polite" : "off");
     if (said.textContent !== text) said.textContent = text;
     const { entry } = run, formula = entry.formula[model.get("cost_at")];
-    score.textContent = `A step takes ${short(run.span)}; bubble ${short(run.bubble)}, by Table 2 ${short(formula)}; `
+    score.textContent = `A step takes ${short(run.span)}; bubble ${short(run.bubble)}, by the formula ${short(formula)}; `
       + `${(100 * run.idleShare).toFixed(1)}% of all ranks' time is idle. A rank holds ${entry.parameters} of ${entry.stages} stages and `
       + `at most ${Math.max(...run.peaks)} activations of a stage.`;
     const title = `${entry.name}, ${entry.ranks} ranks, ${entry.microbatches} microbatches. ${text}`;
