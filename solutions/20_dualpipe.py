@@ -24,8 +24,9 @@
 # it cannot go on like that, and meet the one that DeepSeek-V3 was trained with, DualPipe. It makes the bubble small, and
 # hides nearly all of the messages of lesson 10 behind arithmetic as well.
 #
-# It is all simulated, exactly and in a second: no second GPU is needed to understand it. Below is one step of training,
-# eight ranks and twenty small batches, first in the order that most pipelines use, then in DualPipe's. Grey is idle.
+# It is all simulated, exactly and in a second: no second GPU is needed to understand it. (A rank stands for all the GPUs
+# over which a stage's experts are spread, as in lesson 10.) Below is one step of training, eight ranks and twenty small
+# batches, first in the order that most pipelines use, then in DualPipe's. Grey is idle.
 
 # %%
 from dsv3_mini.parallel.schedule_simulator import simulate
@@ -257,7 +258,7 @@ def package_times(order: Order, forward: int, backward: int) -> list[list[int]]:
 
 plain_order = order_of(one_f_one_b(5, 12))
 same(start_times, package_times, (plain_order, 1, 2), (plain_order, 7, 3))
-same(most_kept, lambda ops: max(schedule_of([ops], 12).peak_activations), (order_of(one_f_one_b(1, 12))[0],))
+same(most_kept, lambda ops: max(schedule_of([ops], 12).peak_activations), (plain_order[0],), (plain_order[3],))
 same(one_forward_one_backward, lambda ranks, m: order_of(one_f_one_b(ranks, m)), (4, 9), (8, 8), (6, 2))
 
 # %% [markdown]
@@ -286,23 +287,27 @@ except ScheduleError as refused:
 # after $PP - 1$ *small* stages.
 #
 # **What we expect.** A bubble $v$ times shorter, if the rounds do not make ranks wait for each other. If they do, it
-# falls more slowly than $1/v$. And something must be paid for it, or everybody would take the largest $v$.
+# falls more slowly than $1/v$. And something must be paid for it, or everybody would take the largest $v$. (So that
+# numbers can be compared, a stage of half a rank's layers takes half the time and keeps half as much.)
 
 # %%
 from dsv3_mini.parallel.schedules.interleaved import interleaved
 from dsv3_mini.viz.widgets.schedule_player import stage_costs
 
 unit = PhaseCosts(forward=1, input=1, weight=1)  # of a rank's share of the model, so B takes 2
-print("stages a rank | bubble | kept, in shares of a rank | messages for a microbatch")
+print("stages on a rank   bubble   kept   messages for a microbatch")
 for v in (1, 2, 4, 8):
-    small = interleaved(8, 32, stages_per_rank=v)
+    small = one_f_one_b(8, 32) if v == 1 else interleaved(8, 32, stages_per_rank=v)
     timeline = simulate(small, stage_costs(small, unit))
     assert timeline.bubble == 7 * 3 / v
-    print(f"{v:13} | {timeline.bubble:6} | {max(small.peak_activations) / v:25} | {2 * (small.n_stages - 1):25}")
+    kept, sent = max(small.peak_activations) / v, 2 * (small.n_stages - 1)
+    print(f"{v:16} {timeline.bubble:8.3f} {kept:6.1f} {sent:12}")
 
 # %% [markdown]
-# The bubble falls as $1/v$, exactly. It costs messages, and half again to twice as much memory for activations as the
-# eight that 1F1B keeps. So this is one way, and another is to look into the backward itself.
+# The bubble falls as $1/v$, exactly. It costs memory, half as much again with two stages, and less with many. And it
+# costs messages from stage to stage, which our simulator lets travel in no time: on a cluster they are what ends it.
+#
+# So this is one way. Another is to look into the backward itself.
 #
 # ## A backward is two things
 #
@@ -403,8 +408,8 @@ print(f"messages that cost no time: {hidden:.0%}")
 overlap_figure(chunk)
 
 # %% [markdown]
-# Green and pink need no messages of their own order: W is put where a message would otherwise be waited for. Only the
-# first message has nothing to hide behind.
+# Every message travels while something else is computed. It is W that makes it come out: it waits for no message, so it is
+# put where the backward's own would be waited for.
 #
 # Now a pipeline needs pairs: on one rank, at one time, a forward and a backward that do not wait for each other. In the
 # 1F1B that you wrote the last rank has none, for its next backward is of the microbatch whose forward it has just done.
@@ -427,8 +432,8 @@ overlap_figure(chunk)
 
 # %%
 dual, dual_v = make_schedule("DualPipe", 4, 10), make_schedule("DualPipeV", 4, 10)
-print("rank 0 of DualPipe, stage by op, ' is the other direction:", dual.lines()[0], sep="\n")
-schedule_figure(simulate(dual), simulate(dual_v))
+print("Rank 0 of DualPipe: stage, op, microbatch, and a ' in the other direction.", dual.lines()[0], sep="\n")
+schedule_figure(simulate(dual, unit), simulate(dual_v, stage_costs(dual_v, unit)))
 
 # %% [markdown] tags=["interactive"]
 # ## The player
@@ -454,15 +459,15 @@ for name in player.facts["names"]:
         player.set(name=name, costs=costs)
         seen[name, costs] = player.timeline
 assert player.figure() is not None and len({timeline.span for timeline in seen.values()}) > 6
-print("8 ranks, 24 microbatches    step without messages, with; idle share with them; kept, in shares of a rank")
+print("8 ranks, 24 microbatches   step without messages   with them   idle with them    kept")
 for name in player.facts["names"]:
     free, paid = seen[name, "0%"], seen[name, "100%"]
-    shares = max(paid.schedule.peak_activations) * 8 / paid.schedule.n_stages
-    print(f"{name:12}{free.span:21.1f}{paid.span:15.1f}{paid.bubble_share:13.1%}{shares:10.1f}")
+    kept = max(paid.schedule.peak_activations) * 8 / paid.schedule.n_stages  # in shares of a rank
+    print(f"{name:27}{free.span:21.1f}{paid.span:12.1f}{paid.bubble_share:17.0%}{kept:8.1f}")
 
 # %% [markdown]
-# Without messages DualPipe is hardly better than ZB1P. With them its step is a third shorter than anybody else's. (Kept
-# is less than Table 2's $PP + 1$ for DualPipeV, because its stages are half as large: with eight ranks it has sixteen.)
+# Without messages DualPipe is hardly better than ZB1P. With them the two that have pairs need a quarter less time than
+# anybody else, or less than that. (DualPipeV keeps 17 activations, Table 2's $PP + 1$, of stages half as large.)
 # `player.save_html("player.html")` writes the player into one file that plays without Python.
 #
 # ## Experiment 2: is Table 2 right?
@@ -502,14 +507,13 @@ print("trials of 40 in which simulation and formula are equal:", trials)
 assert set(trials.values()) == {40}
 
 # %%
-print("bubble with F = I = W = 1:", end=" ")
 for pp in (8, 16):
     bubbles = {simulate(make_schedule("DualPipe", pp, m)).bubble for m in (2 * pp, 3 * pp, 6 * pp)}
     bubbles |= {simulate(make_schedule("DualPipeV", pp // 2, m)).bubble for m in (pp, 2 * pp, 5 * pp)}
-    print(f"PP = {pp}: {bubbles}", end="; ")
+    print(f"PP = {pp}, F = I = W = 1: the bubbles of three sizes of DualPipe, three of DualPipeV are {bubbles}")
 long_weights = PhaseCosts(forward=1, input=1, weight=3)
 real = simulate(zb1p(8, 24), long_weights).bubble
-print(f"\nZB1P with W = 3F: {real} by simulation, {bubble_formula(zb1p(8, 24), long_weights)} by the formula")
+print(f"ZB1P with W = 3F: {real} by simulation, {bubble_formula(zb1p(8, 24), long_weights)} by the formula")
 
 # %% [markdown]
 # The table holds, whatever the number of microbatches, and it holds only where W is short. Now its other two columns,
@@ -571,7 +575,7 @@ assert growth[0] > 1.5 and growth[1] < 1.2 and costs_of(1.5).both < 1.05 * costs
 from dsv3_mini.parallel.schedules.from_torch import TORCH_SCHEDULES, from_torch
 
 ours = {"GPipe": "GPipe", "1F1B": "1F1B", "Interleaved1F1B": "interleaved", "DualPipeV": "DualPipeV"}
-print(f"{'8 ranks, 24 microbatches':26}{'stages':>7}{'bubble':>8}{'kept':>6}   in shares of a rank")
+print("8 ranks, 24 microbatches     stages  bubble   kept (in shares of a rank)")
 for name in TORCH_SCHEDULES:
     theirs = from_torch(name, 8, 24)
     check_schedule(theirs)
@@ -579,11 +583,13 @@ for name in TORCH_SCHEDULES:
     bubble = simulate(theirs, stage_costs(theirs, unit)).bubble
     equal = name in ours and make_schedule(ours[name], 8, 24).lines() == theirs.lines()
     kept = max(theirs.peak_activations) * part_of_rank
-    print(f"torch {name:22}{theirs.n_stages:5}{bubble:8.1f}{kept:6.1f}   {'ours to the slot' if equal else ''}")
+    print(
+        f"torch {name:23}{theirs.n_stages:6}{bubble:8.1f}{kept:7.1f}   {'ours to the slot' if equal else ''}".rstrip()
+    )
 
 # %% [markdown]
-# One of them, ZBVZeroBubble, has next to no bubble at all with as little memory as 1F1B: a V of two stages, with every
-# backward cut. But it has no pairs, and hides no message.
+# The two whose names say it come close to no bubble, a sixth of 1F1B's, and keep no more than it does: they join smaller
+# stages and backwards cut in two. But they have no pairs, and hide no message.
 #
 # ## Find the bug
 #
@@ -679,9 +685,9 @@ for name in ("1F1B", "ZB1P"):
 
 # %%
 parameters = count_parameters(large)
-experts = parameters.expert.total * large.n_routed_experts * (large.num_hidden_layers - large.first_k_dense_replace)
+experts = parameters.moe_layers * large.n_routed_experts * parameters.expert.trainable
 on_a_gpu = experts / pp / 64
-print(f"routed experts: {experts / parameters.trainable:.0%} of all; of one stage {on_a_gpu / 1e6:.0f}M on a GPU")
+print(f"routed experts: {experts / parameters.main_trainable:.0%} of all; of one stage {on_a_gpu / 1e6:.0f}M on a GPU")
 print(f"a second stage of them: {on_a_gpu / 1e9:.2f} GB more in FP8, {2 * on_a_gpu / 1e9:.2f} GB in BF16")
 one = large.num_hidden_layers / pp * sequence * large.hidden_size * 2  # BF16
 print(

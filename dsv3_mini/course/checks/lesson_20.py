@@ -186,7 +186,9 @@ most_kept = Exercise(
     name="most_kept",
     reference=_most_kept,
     cases=[
-        Case("an order of its own", lambda g: (["F0", "I0", "F1", "I1", "F2", "F3", "W0", "W1", "B2", "F4", "B3", "B4"],)),
+        Case(
+            "an order of its own", lambda g: (["F0", "I0", "F1", "I1", "F2", "F3", "W0", "W1", "B2", "F4", "B3", "B4"],)
+        ),
         _row("GPipe, 5 microbatches", "GPipe", 3, 5, 0),
         _row("1F1B, rank 1 of 4", "1F1B", 4, 9, 1),
         _row("1F1B, the last rank", "1F1B", 4, 9, 3),
@@ -275,7 +277,7 @@ class Scheduler(Exercise):
 
 
 def _sizes(*sizes: tuple[int, int]) -> Sequence[Case]:
-    return [Case(f"{r} ranks and {m} microbatches", lambda g, size=(r, m): size) for r, m in sizes]
+    return [Case(f"{r} rank{'s' * (r > 1)} and {m} microbatches", lambda g, size=(r, m): size) for r, m in sizes]
 
 
 # ---- one_forward_one_backward ------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ def schedule_figure(*timelines: Timeline, now: float | None = None) -> Figure:
         keys = [Patch(facecolor=PHASE_COLOURS[phase], label=PHASE_NAMES[phase]) for phase in shown]
         keys.append(Patch(facecolor=IDLE, label="idle"))
         if any(is_second(timeline.schedule, box.op) for timeline in timelines for box in boxes(timeline)):
-            keys.append(Patch(facecolor=lighter(BORDER), label="lighter: second stage or other direction"))
-        figure.legend(handles=keys, loc="outside lower left", ncols=len(keys), fontsize=10, handlelength=1.2)
+            keys.append(Patch(facecolor=lighter(PHASE_COLOURS["F"]), label="lighter: second stage or other direction"))
+        figure.legend(handles=keys, loc="outside lower left", ncols=len(keys), fontsize=11, handlelength=1.2)
     return figure
 
 
@@ -150,7 +150,7 @@ def _keep(axes: Axes, timeline: Timeline, now: float | None) -> None:
     for place, most, count in zip(places, peaks, kept, strict=True):
         inside = count > 0.35 * max(peaks)
         x, side, colour = (count, "right", "white") if inside else (most, "left", BORDER)
-        axes.text(x, place, f" {count} ", ha=side, va="center_baseline", color=colour, fontsize=10)
+        axes.text(x, place, f" {count} ", ha=side, va="center_baseline", color=colour, fontsize=11)
     axes.set(ylim=(len(peaks), 0), xlim=(0, max(peaks) * 1.2), yticks=[], xticks=[])
     axes.spines[["left", "bottom"]].set_visible(False)
 
@@ -186,8 +186,10 @@ def overlap_figure(costs: ChunkCosts) -> Figure:
                     gid=f"{piece.name}-{piece.layer}",
                 )
             )  # fmt: skip
-            if width * (WIDTH - 2) * 72 / end > 6 * len(piece.name):  # points, of nine-point letters
-                axes.text(piece.start + width / 2, row + 0.5, piece.name, ha="center", va="center", fontsize=9)
+            part, bracket, sense = piece.name.partition("(")
+            if width * (WIDTH - 2) * 72 / end > 7.5 * len(part):  # points, of eleven-point capitals
+                label = f"{part}\n{bracket}{sense}"
+                axes.text(piece.start + width / 2, row + 0.5, label, ha="center", va="center", fontsize=11)
         axes.set(xlim=(0, end), ylim=(2, 0), xlabel="time", yticks=(0.5, 1.5), yticklabels=("computes", "communicates"))
         axes.tick_params(axis="y", length=0)
         axes.set_title(f"F&B takes {end:.4g}; F and B one after the other {alone:.4g}", fontsize=13)
