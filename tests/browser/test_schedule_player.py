@@ -169,7 +169,8 @@ def test_hover_tells_and_shows_a_microbatchs_way(page: Page, player: SchedulePla
 def test_it_plays_steps_and_stops(page: Page, player: SchedulePlayer) -> None:
     assert "again" in said(page, ".play")
     choose(page, pace=0)  # another pace plays, from the start; this one takes 20 s
-    page.wait_for_function("Number(document.querySelector('.dsv3-schedule').dataset.share) > 0.05")
+    # Below 1 as well: until the first frame of the film the last one of the film before stands there.
+    page.wait_for_function("((now) => 0.05 < now && now < 1)(document.querySelector('.dsv3-schedule').dataset.share)")
     assert "pause" in said(page, ".play")
     page.click(".play")
     page.wait_for_function("!document.querySelector('.play').textContent.includes('pause')")
