@@ -456,7 +456,7 @@ player
 seen = {}
 for name in player.facts["names"]:
     for costs in ("0%", "100%"):
-        player.set(name=name, costs=costs)
+        player.set(name=name, ranks=8, microbatches=24, costs=costs)
         seen[name, costs] = player.timeline
 assert player.figure() is not None and len({timeline.span for timeline in seen.values()}) > 6
 print("8 ranks, 24 microbatches   step without messages   with them   idle with them    kept")

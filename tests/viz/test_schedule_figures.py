@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -167,6 +168,18 @@ def test_overlap_shows_both_streams() -> None:
         box = found[f"{piece.name}-{piece.layer}"]
         assert (box.get_x(), box.get_x() + box.get_width()) == (piece.start, piece.end)
         assert int(box.get_y()) == (0 if piece.computes else 1)
+    png(figure)  # lays it out
+    names = {f"{part}\n{sense}" for part, sense in product(("ATTN", "MLP", "DISPATCH", "COMBINE"), ("(F)", "(B)"))}
+    too_narrow = {"DISPATCH\n(F)"}  # as long as COMBINE(B), of a letter more
+    assert {text.get_text() for text in figure.axes[0].texts} == names - too_narrow | {"MLP\n(W)"}
+    for text in figure.axes[0].texts:
+        here = text.get_window_extent()
+        around = next(
+            box.get_window_extent()
+            for box in found.values()
+            if box.get_window_extent().contains(*here.get_points().mean(0))
+        )
+        assert around.x0 <= here.x0 and here.x1 <= around.x1, text.get_text()
     costs = chunk.phases()
     assert f"F&B takes {costs.both:g}" in texts(figure) and f"{costs.forward + costs.backward:g}" in texts(figure)
 

@@ -92,12 +92,10 @@ def _order(what: str, name: str, ranks: int, microbatches: int) -> Case:
     return Case(what, inputs)
 
 
-def _longer_by(answer: Callable[..., Any]) -> bool:
-    """Twice the costs, twice the times: and the order given is not the one of the cases."""
+def _as_given(answer: Callable[..., Any]) -> bool:
+    """Ops count by their place in the order, not by their number."""
     order = [["F1", "F0", "B1", "B0"], ["F1", "B1", "F0", "B0"], ["F1", "B1", "F0", "B0"]]
-    once, twice = (answer([list(ops) for ops in order], times * 2, times * 3) for times in (1, 2))
-    right = _start_times(order, 2, 3)
-    return not difference(once, right, 0) and not difference(twice, [[2 * t for t in row] for row in right], 0)
+    return not difference(answer([list(ops) for ops in order], 2, 3), _start_times(order, 2, 3), 0)
 
 
 start_times = Exercise(
@@ -145,10 +143,9 @@ start_times = Exercise(
     ],
     properties=[
         Property(
-            "microbatches in another order, and twice as slow",
-            _longer_by,
-            "microbatch 1 came first here, on all ranks: take the ops as the order gives them, not by their numbers. And with "
-            "both costs doubled all times double.",
+            "microbatches in another order",
+            _as_given,
+            "microbatch 1 came first here, on all ranks: take the ops as the order gives them, not by their numbers.",
         )
     ],
 )
