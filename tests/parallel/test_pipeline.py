@@ -13,53 +13,54 @@ from dsv3_mini import DeepSeekV3, ModelConfig
 from dsv3_mini.data.packing import IGNORED
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.parallel.pipeline import Pipeline, split_layers
-from dsv3_mini.parallel.schedules.from_torch import TORCH_SCHEDULES
+from dsv3_mini.parallel.schedules.from_torch import TORCH_SCHEDULES, V_SHAPED
 from dsv3_mini.train.balance import LoadCounter, update_biases
 from dsv3_mini.train.losses import training_losses
 
-STEPS, ROWS, LENGTH, MICROBATCHES = 5, 8, 12, 4
+STEPS, ROWS, LENGTH = 5, 8, 12
 MTP, BALANCE, GAMMA = 0.3, 0.01, 0.01  # weights large enough to be seen in 1e-5
+SIZES = {2: (5, 4), 4: (8, 8)}  # ranks: layers, which 2 stages a rank share out unevenly with MTP's, and micro-batches
+
+Told = tuple[list[float], dict[str, torch.Tensor]]  # the loss of each step, and the weights and biases in the end
 
 
-def config() -> ModelConfig:
-    return ModelConfig.preset("nano").replace(num_hidden_layers=5)
-
-
-def fresh() -> DeepSeekV3:
+def fresh(ranks: int) -> DeepSeekV3:
     torch.manual_seed(3)
-    return DeepSeekV3(config())
+    return DeepSeekV3(ModelConfig.preset("nano").replace(num_hidden_layers=SIZES[ranks][0]))
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of different lengths, so that a mean over micro-batches is not the mean over the batch."""
     draw = torch.Generator().manual_seed(step)
-    rows = torch.randint(0, config().vocab_size, (ROWS, LENGTH + 1), generator=draw)
+    rows = torch.randint(0, ModelConfig.preset("nano").vocab_size, (ROWS, LENGTH + 1), generator=draw)
     tokens, targets = rows[:, :-1], rows[:, 1:].clone()
     for row, kept in enumerate(torch.randint(4, LENGTH + 1, (ROWS,), generator=draw).tolist()):
         targets[row, kept:] = IGNORED
     return tokens, targets
 
 
-def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Five steps of the whole model, its batch in one piece."""
-    model, losses = fresh(), []
+def alone(ranks: int, parts: int) -> Told:
+    """Five steps of the whole model in one process, its batch in so many micro-batches."""
+    model, losses = fresh(ranks), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(STEPS):
         tokens, targets = batch(step)
-        found, counter = training_losses(model, tokens, targets, MTP, BALANCE), LoadCounter()
-        found.total.backward()
-        counter.add(found.routing)
+        counter, total = LoadCounter(), 0.0
+        for own, wanted in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+            found = training_losses(model, own, wanted, MTP, BALANCE, batch_targets=targets)
+            found.total.backward()
+            counter.add(found.routing)
+            total += float(found.total.detach())
         optimizer.step()
         optimizer.zero_grad()
         update_biases(model, counter.load, GAMMA)
-        losses.append(float(found.total.detach()))
+        losses.append(total)
     return losses, model.state_dict()
 
 
-def one_rank(rank: int, ranks: int, name: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    pipeline = Pipeline(fresh(), name, MICROBATCHES, ROWS, LENGTH)
+def in_stages(ranks: int, name: str) -> Told:
+    """The same steps, of this rank's part."""
+    pipeline = Pipeline(fresh(ranks), name, SIZES[ranks][1], ROWS, LENGTH)
     optimizer = torch.optim.AdamW(pipeline.named_parameters().values(), lr=1e-3)
     losses = []
     for step in range(STEPS):
@@ -67,34 +68,42 @@ def one_rank(rank: int, ranks: int, name: str, folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         pipeline.update_biases(GAMMA)
-    state = {key: value for stage in pipeline.stages.values() for key, value in stage.state_dict().items()}
-    torch.save((losses, state), f"{folder}/{rank}.pt")
+    return losses, {key: value for stage in pipeline.stages.values() for key, value in stage.state_dict().items()}
+
+
+def one_rank(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    for name in TORCH_SCHEDULES:
+        torch.save(in_stages(ranks, name), f"{folder}/{name}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def whole() -> tuple[list[float], dict[str, torch.Tensor]]:
-    return alone()
+@pytest.fixture(scope="module", params=SIZES, ids=lambda ranks: f"{ranks} ranks")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, Told]:
+    """What each rank has after the steps, under every schedule, in a folder; and what one process has.
+
+    The one process takes the same micro-batches, so that it adds gradients in nearly the same order. Adam makes steps of one
+    size out of gradients of any size: where one is next to nothing, another order of adding is another step.
+    """
+    folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
+    mp.spawn(one_rank, args=(ranks, str(folder)), nprocs=ranks)
+    return folder, ranks, alone(ranks, SIZES[ranks][1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCH_SCHEDULES)
-def test_stages_on_two_ranks_take_the_steps_of_one_process(
-    name: str, whole: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
-    mp.spawn(one_rank, args=(2, name, str(tmp_path)), nprocs=2)
-    losses, wanted = whole
+def test_stages_take_the_steps_of_one_process(name: str, trained: tuple[Path, int, Told]) -> None:
+    folder, ranks, (losses, wanted) = trained
     found: dict[str, torch.Tensor] = {}
-    for rank in range(2):
-        told, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for rank in range(ranks):
+        told, state = torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
         assert told == pytest.approx(losses, abs=1e-5)
         for key, value in state.items():
-            if key in found:
-                assert key == "embed_tokens.weight" and torch.allclose(found[key], value, atol=1e-6), (
-                    "two copies, as one"
-                )
-            found[key] = value
+            assert key not in found or key == "embed_tokens.weight", "only the embedding may be on two ranks"
+            assert key not in found or name not in V_SHAPED, "and in a V not even that"
+            assert torch.equal(found.setdefault(key, value), value), "two copies that are as one"
     assert set(found) == set(wanted), "every weight lies somewhere"
     biases = [key for key in wanted if key.endswith("e_score_correction_bias")]
     assert len(biases) >= 3 and all(wanted[key].abs().max() > 0 for key in biases)
@@ -103,6 +112,12 @@ def test_stages_on_two_ranks_take_the_steps_of_one_process(
             assert torch.equal(found[key], value), key
         else:
             assert (found[key] - value).abs().max() < 1e-5, key
+
+
+def test_a_batch_in_one_piece_has_the_same_losses() -> None:
+    """What the ranks are compared with does not itself hang on how the batch is cut."""
+    for ranks, (_, microbatches) in SIZES.items():
+        assert alone(ranks, microbatches)[0] == pytest.approx(alone(ranks, 1)[0], abs=1e-5)
 
 
 def test_layers_are_dealt_evenly_and_mtp_counts() -> None:
