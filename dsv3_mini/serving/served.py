@@ -12,10 +12,11 @@ from dsv3_mini.serving.arrivals import Requests
 
 @dataclass(frozen=True)
 class Pool:
-    """What the units of one pool did: seconds at work (all units together), nodes, and steps."""
+    """What the units of one pool did: their nodes and GPUs, seconds at work (all units together), and steps."""
 
     units: int
     nodes: int
+    gpus: int
     busy: float
     steps: int
 

@@ -129,17 +129,14 @@ class _Service:
             if not self.events or self.events[0][0] > now:  # everything of this moment has happened: units may begin
                 self._start_reading(now)
                 self._start_writing(now)
-        nodes = self.readers.unit.nodes, self.writers.unit.nodes
         return Served(
             requests=self.requests,
             first_token=self.first,
             decoding=self.decoding,
             finished=self.finished,
             written=self.written,
-            prefill=Pool(
-                self.prefill_units, self.prefill_units * nodes[0], self.busy["prefill"], self.steps["prefill"]
-            ),
-            decode=Pool(len(self.units), len(self.units) * nodes[1], self.busy["decode"], self.steps["decode"]),
+            prefill=self._pool("prefill", self.prefill_units, self.readers.unit),
+            decode=self._pool("decode", len(self.units), self.writers.unit),
             waiting_seconds=waiting_seconds,
             cache_tokens=len(self.units) * self.writers.cache_tokens,
             cache_peak=self.peak,
@@ -242,6 +239,9 @@ class _Service:
         unit.free -= tokens
         self.reserved += tokens
         self.peak = max(self.peak, self.reserved)
+
+    def _pool(self, name: str, units: int, unit: Unit) -> Pool:
+        return Pool(units, units * unit.nodes, units * unit.n_gpus, self.busy[name], self.steps[name])
 
     def _worked(self, pool: str, seconds: float) -> None:
         self.busy[pool] += seconds
