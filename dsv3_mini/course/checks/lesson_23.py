@@ -144,7 +144,7 @@ def _no_count_does_better(answer: Callable[..., Any]) -> bool:
 replicas = Exercise(
     name="replicas",
     reference=_replicas,
-    cases=[_popular(4, 7, 0.8), _popular(16, 24, 0.8), _popular(16, 40, 1.8), _popular(9, 9, 0.8)],
+    cases=[_popular(6, 12, 0.8), _popular(16, 24, 0.8), _popular(16, 40, 1.8), _popular(9, 9, 0.8)],
     mistakes=[
         Mistake(
             _all_to_the_top,
@@ -233,7 +233,7 @@ def _equal_numbers(answer: Callable[..., Any]) -> bool:
 sort_onto_gpus = Exercise(
     name="sort_onto_gpus",
     reference=_onto_gpus,
-    cases=[_weights(6, 2), _weights(12, 4), _weights(24, 8), _weights(8, 8), _weights(10, 2)],
+    cases=[_weights(9, 3), _weights(12, 4), _weights(24, 8), _weights(8, 8), _weights(10, 2)],
     mistakes=[
         Mistake(
             lambda w, gpus: _onto_gpus(w, gpus, lambda items, _: items),
@@ -428,10 +428,6 @@ choose_slots = Exercise(
         Mistake(
             lambda chosen, expert: chosen,
             "these are still experts: with replicas, an expert's number and its slot are two things.",
-        ),
-        Mistake(
-            lambda chosen, expert: expert[_choose_slots(chosen, expert)],
-            "these are the experts that lie in your slots: give the slots themselves.",
         ),
     ],
     properties=[

@@ -18,7 +18,7 @@ from dsv3_mini.viz.style import COLOURS, house_style
 
 ONE, SEVERAL, LIMIT = COLOURS[5], COLOURS[1], COLOURS[3]
 HALVES = {"A": COLOURS[0], "B": COLOURS[1]}
-READABLE = 0.12  # of a mean GPU: the least load whose expert's number is written into its bar
+READABLE = 0.06  # of the tallest bar: the least height in which an expert's number can be written
 QUIET = "#5F5F5F"
 
 
@@ -27,8 +27,9 @@ def placement_figure(placements: Mapping[str, Placement], load: Float[Tensor, "l
     with house_style():
         figure = Figure(figsize=(5.6 * len(placements), 4.4))
         panels = figure.subplots(1, len(placements), squeeze=False, sharey=True)[0]
+        tallest = max(float(each.imbalance(load)[layer]) for each in placements.values())
         for axes, (name, placement) in zip(panels, placements.items(), strict=True):
-            busiest = _gpu_bars(axes, placement, load, layer)
+            busiest = _gpu_bars(axes, placement, load, layer, READABLE * tallest)
             axes.set_title(f"{name}: busiest {busiest:.2f} means")
             axes.set(xlabel="GPU", xticks=range(placement.gpus))
         panels[0].set_ylabel("load (1 is the mean GPU)")
@@ -42,7 +43,7 @@ def placement_figure(placements: Mapping[str, Placement], load: Float[Tensor, "l
     return figure
 
 
-def _gpu_bars(axes: Axes, placement: Placement, load: Tensor, layer: int) -> float:
+def _gpu_bars(axes: Axes, placement: Placement, load: Tensor, layer: int, readable: float) -> float:
     share = (load / placement.replicas).gather(1, placement.expert)[layer].double()
     mean = float(share.sum()) / placement.gpus
     heights = (share / mean).view(placement.gpus, -1).tolist()
@@ -54,7 +55,7 @@ def _gpu_bars(axes: Axes, placement: Placement, load: Tensor, layer: int) -> flo
             axes.bar(
                 gpu, height, 0.8, bottom, color=SEVERAL if several else ONE, edgecolor="white", gid=f"{gpu}-{expert}"
             )
-            if height > READABLE:
+            if height > readable:
                 axes.text(gpu, bottom + height / 2, str(expert), ha="center", va="center", fontsize=11)
             bottom += height
     busiest = max(map(sum, heights))
@@ -143,11 +144,13 @@ def service_figure(served: Served) -> Figure:
 
 def _shares(axes: Axes, values: np.ndarray, colour: str, label: str) -> None:
     """How many of the requests had to wait no longer than that."""
+    axes.set(xlabel=label, ylim=(0, 104))
+    if not len(values):
+        return
     ordered = np.sort(values)
-    axes.plot(ordered, 100 * np.arange(1, len(ordered) + 1) / max(len(ordered), 1), color=colour, linewidth=2)
-    for share in (0.5, 0.95) if len(ordered) else ():
+    axes.plot(ordered, 100 * np.arange(1, len(ordered) + 1) / len(ordered), color=colour, linewidth=2)
+    for share in (0.5, 0.95):
         at = float(np.quantile(ordered, share))
         axes.plot([at], [100 * share], "o", color=colour)
         axes.annotate(f" {share:.0%}: {at:,.1f}", (at, 100 * share), va="top", fontsize=11)
-    axes.set(xlabel=label, ylim=(0, 104))
-    axes.set_xlim(0, 1.45 * float(ordered[int(0.99 * (len(ordered) - 1))]) if len(ordered) else 1)
+    axes.set_xlim(0, 1.45 * float(ordered[int(0.99 * (len(ordered) - 1))]))
