@@ -437,8 +437,9 @@ assert abs(served.mean_in_system / by_law - 1) < 1e-6
 # %% [markdown] tags=["interactive"]
 # ## The deployment planner
 #
-# Now plan. The service is the released model on the report's units: 32 GPUs to read, 320 to write. The picture shows what
-# share of the requests waited no longer than a time, and how long the pools were at work. Some questions to try:
+# Now plan. The first service is the released model on the report's units: 32 GPUs to read, 320 to write. The second one is
+# smaller: the 16b model on nodes of eight. The picture shows what share of the requests waited no longer than a time, and
+# how long the pools were at work. Some questions to try:
 #
 # - From how many requests a second on does one prefill unit no longer keep up? What happens to the first token then, and
 #   what to the rhythm?

@@ -59,6 +59,15 @@ class Requests:
     def __len__(self) -> int:
         return len(self.arrival)
 
+    def cut(self, longest: int) -> Requests:
+        """The same, but that no prompt and answer together are longer: answers have at most half, prompts what is left.
+
+        Raises:
+            ConfigError: `longest` is below 2.
+        """
+        answer = np.minimum(self.answer, longest // 2)
+        return Requests(self.arrival, np.minimum(self.prompt, longest - answer), answer)
+
 
 def poisson(rate: float, count: int, prompt: Lengths, answer: Lengths, seed: int = 0) -> Requests:
     """`count` requests that come independently of each other, `rate` a second on average.

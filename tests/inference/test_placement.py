@@ -180,6 +180,14 @@ def test_the_released_model_takes_less_than_two_seconds() -> None:
             assert placement.expert.shape == (58, 320)
 
 
+def test_evener_nodes_are_not_taken_where_they_make_a_busier_gpu() -> None:
+    """Groups traded between nodes make the nodes even here, and the experts of one of them fit its GPUs badly."""
+    load = [3, 1, 13, 3, 1, 20, 20, 9, 13, 1, 13, 13]
+    placed = place_experts(tensor([load]), 12, 6, nodes=2, groups=6)
+    greedy = greedy_peak_by_nodes([float(x) for x in load], 12, 6, nodes=2, groups=6)
+    assert placed.gpu_load(tensor([load])).max() <= greedy == 22
+
+
 def test_a_layer_is_placed_as_if_it_were_alone() -> None:
     load = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).exp()
     together = place_experts(load, 40, 8, nodes=2, groups=4)

@@ -26,14 +26,16 @@ ALONE = Unit("one card", nodes=1, gpus=1, tp=1, slots=SMALL.n_routed_experts, ca
 # ---- one card: nothing travels, and the ledger's decode step is the whole story -----------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "context"), [(1, 1), (1, 4096), (16, 700), (512, 3000)])
-def test_a_decode_step_on_one_card_is_the_ledgers(rows: int, context: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "context", "new"), [(1, 1, 1), (1, 4096, 1), (16, 700, 1), (512, 3000, 1), (512, 3000, 8)]
+)
+def test_a_decode_step_on_one_card_is_the_ledgers(rows: int, context: int, new: int) -> None:
     fp8, bf16 = (Machine("", rate, H800_CARD.memory_rate) for rate in (H800_CARD.fp8, H800_CARD.bf16))
     expected = 0.0
-    for work in decode_step(SMALL, rows, context):
+    for work in decode_step(SMALL, rows, context, new):
         core = work.name == "attention over the cache"
         expected += work.seconds(bf16) if core else replace(work, bytes=work.bytes / 2).seconds(fp8)
-    assert UnitCost(SMALL, ALONE).decode(rows, rows * context) == pytest.approx(expected, rel=1e-9)
+    assert UnitCost(SMALL, ALONE).decode(rows, rows * context, new) == pytest.approx(expected, rel=1e-9)
 
 
 def test_prefill_on_one_card_is_the_ledgers_flops() -> None:

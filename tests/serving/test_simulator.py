@@ -52,8 +52,7 @@ def assert_the_books_balance(served: Served) -> None:
 def test_every_token_is_served_once_and_no_place_is_lost(
     seed: int, rate: float, units: tuple[int, int], rows: int | None, acceptance: float, room: int, spread: float
 ) -> None:
-    asked = poisson(rate, 40, Lengths(20, spread), Lengths(5, spread), seed)
-    asked = Requests(asked.arrival, np.minimum(asked.prompt, 80), np.minimum(asked.answer, 40))
+    asked = poisson(rate, 40, Lengths(20, spread), Lengths(5, spread), seed).cut(120)
     served = simulate(
         CFG, asked, READER, roomy(room), prefill_units=units[0], decode_units=units[1], prefill_tokens=100,
         decode_rows=rows, acceptance=acceptance, seed=seed,
@@ -151,6 +150,16 @@ def test_arrivals_and_lengths_are_what_was_asked_for() -> None:
     assert set(asked.answer) == {40}
     again, other = (poisson(7.0, 20_000, Lengths(900, 0.6), Lengths(40), seed=seed) for seed in (1, 2))
     assert (again.prompt == asked.prompt).all() and (other.prompt != asked.prompt).any()
+
+
+def test_requests_are_cut_to_what_a_model_reads() -> None:
+    asked = poisson(1.0, 500, Lengths(60, 1.0), Lengths(30, 1.0), seed=1)
+    short = asked.cut(64)
+    assert (short.prompt + short.answer).max() == 64 and short.answer.max() == 32
+    fits = (asked.prompt + asked.answer <= 64) & (asked.answer <= 32)
+    assert fits.any() and (short.prompt == asked.prompt)[fits].all() and (short.answer == asked.answer)[fits].all()
+    with pytest.raises(ConfigError, match="at least 1 token"):
+        asked.cut(1)
 
 
 @pytest.mark.parametrize(

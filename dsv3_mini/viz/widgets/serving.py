@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.inference.placement import Placement, place_experts
-from dsv3_mini.serving import DECODE, PREFILL, Lengths, Served, Unit, poisson, simulate
+from dsv3_mini.serving import DECODE, H800_CARD, PREFILL, Lengths, Served, Unit, poisson, simulate
 from dsv3_mini.viz.figures.serving import placement_figure, service_figure
 from dsv3_mini.viz.widgets.explorer import Explorer
 
@@ -28,7 +28,7 @@ def in_order(layers: int, experts: int, gpus: int) -> Placement:
 
 
 def placement_explorer(
-    loads: Mapping[str, Int[Tensor, "l e"]], groups: int, gpus: tuple[int, ...] = (2, 4, 8)
+    loads: Mapping[str, Int[Tensor, "l e"]], groups: int, gpus: tuple[int, ...] = (4, 8)
 ) -> Explorer:
     """Experts in order, and placed with redundant slots for each GPU, for the load of one of several texts.
 
@@ -39,7 +39,7 @@ def placement_explorer(
 
     def draw(text: str, layer: int, gpus: int, redundant: int, rule: str) -> Figure:
         load, slots = loads[text], experts + redundant * gpus
-        nodes = max(gpus // 2, 1) if rule == "groups stay on a node" else None
+        nodes = gpus // 2 if rule == "groups stay on a node" else None
         placed = place_experts(load, slots, gpus, nodes=nodes, groups=groups if nodes else None)
         return placement_figure(
             {"In order": in_order(layers, experts, gpus), f"{slots} slots": placed}, load, layer - 1
@@ -62,11 +62,21 @@ def placement_explorer(
     )
 
 
+def known_services() -> dict[str, tuple[ModelConfig, Unit, Unit]]:
+    """The released model on the report's units, and the 16b on nodes of eight cards, with eight redundant experts."""
+    small = ModelConfig.preset("16b")
+    node = Unit("node", nodes=1, tp=1, slots=small.n_routed_experts + 8, card=H800_CARD)
+    return {
+        "671b on the report's units": (ModelConfig.preset("671b"), PREFILL, DECODE),
+        "16b, each unit one node": (small, node, node),
+    }
+
+
 class Planner(Explorer):
     """Plan a service: units, requests, wires, and what those who wait get to see; `served` is what the picture shows.
 
     Args:
-        services: name -> (model, prefill unit, decode unit); the report's, without another.
+        services: name -> (model, prefill unit, decode unit); without any, the report's, and a small one of single nodes.
         seconds: how long requests arrive. seed: of when they come and how long they are.
     """
 
@@ -76,7 +86,7 @@ class Planner(Explorer):
         seconds: float = SECONDS,
         seed: int = 0,
     ) -> None:
-        self.services = services or {"671b on the report's units": (ModelConfig.preset("671b"), PREFILL, DECODE)}
+        self.services = services or known_services()
         self.seconds, self.seed = seconds, seed
         self.served: Served | None = None
         super().__init__(
@@ -99,7 +109,7 @@ class Planner(Explorer):
         asked = poisson(rate, count, Lengths(prompt, 0.5), Lengths(answer, 0.5), self.seed)
         self.served = simulate(
             cfg,
-            asked,
+            asked.cut(cfg.max_position_embeddings),
             *wired,
             prefill_units=prefill_units,
             decode_units=decode_units,
