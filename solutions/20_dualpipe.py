@@ -238,9 +238,8 @@ schedule_figure(gpipe, plain)
 # ## The package's own
 #
 # In the package a schedule is data: for each rank its **slots** in their order, a slot being one op, or an F and a B that
-# overlap. It says nothing about time. Three functions ask it three things: `simulate`, when each slot runs; `check`,
-# whether it can be run at all; `peak_activations`, what it keeps. Every schedule of this lesson goes through all three,
-# torch's own included.
+# overlap. It says nothing about time. `simulate` says when each slot runs, `check` whether it can be run at all, and
+# `peak_activations` what it keeps. All of this can be asked of every schedule here, torch's own included.
 
 # %%
 from dsv3_mini.parallel.schedule_checker import check as check_schedule
@@ -567,9 +566,10 @@ assert growth[0] > 1.5 and growth[1] < 1.2 and costs_of(1.5).both < 1.05 * costs
 #
 # ## Torch has them, too
 #
-# You need not write your own: torch has six schedules, all but the two-directional DualPipe, and runs them on real
-# ranks. The package reads them into its own form, so that all questions can be asked of them as well. Four of them are
-# ours to the slot.
+# You need not write your own: torch has schedules, DualPipeV among them though not the two-directional DualPipe, and runs
+# them on real ranks. `dsv3_mini.parallel.pipeline` cuts the model into stages for them; its tests let two and four
+# processes take the steps of one. The package also reads them into its own form, so that all questions can be asked of
+# them as well. Four of them are ours to the slot.
 
 # %%
 from dsv3_mini.parallel.schedules.from_torch import TORCH_SCHEDULES, from_torch

@@ -182,9 +182,9 @@ class Pipeline:
         except ValueError as error:
             raise ConfigError(f"torch makes no {schedule} of {ranks} ranks: {' '.join(str(error).split())}") from error
         self.group, self.mtp_depths = group, cfg.num_nextn_predict_layers
-        self.tied = self._tie(ranks) if cfg.num_nextn_predict_layers else None
+        self.tied = self._tie() if cfg.num_nextn_predict_layers else None
 
-    def _tie(self, ranks: int) -> dist.ProcessGroup | None:
+    def _tie(self) -> dist.ProcessGroup | None:
         """The group of the two ranks that each have an embedding; None where one rank has the first and the last stage."""
         first, last = self.rank_of[0], self.rank_of[-1]
         if first == last:
@@ -200,7 +200,7 @@ class Pipeline:
     def step(
         self, tokens: Int[Tensor, "b s"], targets: Int[Tensor, "b s"], mtp_weight: float, balance_weight: float
     ) -> Float[Tensor, ""]:
-        """Forward and backward of a batch, the same on every rank. Gradients add to those that are there.
+        """Forward and backward of a batch, the same on every rank. Clear the gradients before.
 
         Returns:
             The batch's loss, on every rank.
@@ -216,8 +216,10 @@ class Pipeline:
             return_outputs=False, tokens=tokens, targets=targets, weighing=weighing,
         )  # fmt: skip
         if self.tied is not None:
-            gradient = self.named_parameters()["embed_tokens.weight"].grad
-            dist.all_reduce(gradient, group=self.tied)
+            embedding = self.named_parameters()["embed_tokens.weight"]
+            if embedding.grad is None:  # of the last stage, where MTP did not run: it still follows the first's
+                embedding.grad = torch.zeros_like(embedding)
+            dist.all_reduce(embedding.grad, group=self.tied)
         total = torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=tokens.device)
         dist.all_reduce(total, group=self.group)
         return total

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3_mini import DeepSeekV3, ModelConfig
 from dsv3_mini.data.packing import IGNORED
@@ -21,6 +22,7 @@ STEPS, ROWS, LENGTH = 5, 8, 12
 MTP, BALANCE, GAMMA = 0.3, 0.01, 0.01  # weights large enough to be seen in 1e-5
 SIZES = {2: (5, 4), 4: (8, 8)}  # ranks: layers, which 2 stages a rank share out unevenly with MTP's, and micro-batches
 
+RUNS = (*((name, MTP) for name in TORCH_SCHEDULES), ("1F1B", 0.0))  # the last one without MTP
 Told = tuple[list[float], dict[str, torch.Tensor]]  # the loss of each step, and the weights and biases in the end
 
 
@@ -39,7 +41,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
-def alone(ranks: int, parts: int) -> Told:
+def alone(ranks: int, parts: int, mtp: float = MTP) -> Told:
     """Five steps of the whole model in one process, its batch in so many micro-batches."""
     model, losses = fresh(ranks), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -47,7 +49,7 @@ def alone(ranks: int, parts: int) -> Told:
         tokens, targets = batch(step)
         counter, total = LoadCounter(), 0.0
         for own, wanted in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
-            found = training_losses(model, own, wanted, MTP, BALANCE, batch_targets=targets)
+            found = training_losses(model, own, wanted, mtp, BALANCE, batch_targets=targets)
             found.total.backward()
             counter.add(found.routing)
             total += float(found.total.detach())
@@ -58,13 +60,13 @@ def alone(ranks: int, parts: int) -> Told:
     return losses, model.state_dict()
 
 
-def in_stages(ranks: int, name: str) -> Told:
+def in_stages(ranks: int, name: str, mtp: float) -> Told:
     """The same steps, of this rank's part."""
     pipeline = Pipeline(fresh(ranks), name, SIZES[ranks][1], ROWS, LENGTH)
     optimizer = torch.optim.AdamW(pipeline.named_parameters().values(), lr=1e-3)
     losses = []
     for step in range(STEPS):
-        losses.append(float(pipeline.step(*batch(step), MTP, BALANCE)))
+        losses.append(float(pipeline.step(*batch(step), mtp, BALANCE)))
         optimizer.step()
         optimizer.zero_grad()
         pipeline.update_biases(GAMMA)
@@ -74,14 +76,16 @@ def in_stages(ranks: int, name: str) -> Told:
 def one_rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    for name in TORCH_SCHEDULES:
-        torch.save(in_stages(ranks, name), f"{folder}/{name}-{rank}.pt")
+    for name, mtp in RUNS:
+        torch.save(in_stages(ranks, name, mtp), f"{folder}/{name}-{mtp}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda ranks: f"{ranks} ranks")
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, Told]:
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int, dict[float, Told]]:
     """What each rank has after the steps, under every schedule, in a folder; and what one process has.
 
     The one process takes the same micro-batches, so that it adds gradients in nearly the same order. Adam makes steps of one
@@ -89,16 +93,18 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
     mp.spawn(one_rank, args=(ranks, str(folder)), nprocs=ranks)
-    return folder, ranks, alone(ranks, SIZES[ranks][1])
+    return folder, ranks, {mtp: alone(ranks, SIZES[ranks][1], mtp) for mtp in (MTP, 0.0)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TORCH_SCHEDULES)
-def test_stages_take_the_steps_of_one_process(name: str, trained: tuple[Path, int, Told]) -> None:
-    folder, ranks, (losses, wanted) = trained
+@pytest.mark.parametrize(("name", "mtp"), RUNS)
+def test_stages_take_the_steps_of_one_process(
+    name: str, mtp: float, trained: tuple[Path, int, dict[float, Told]]
+) -> None:
+    folder, ranks, (losses, wanted) = *trained[:2], trained[2][mtp]
     found: dict[str, torch.Tensor] = {}
     for rank in range(ranks):
-        told, state = torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
+        told, state = torch.load(folder / f"{name}-{mtp}-{rank}.pt", weights_only=True)
         assert told == pytest.approx(losses, abs=1e-5)
         for key, value in state.items():
             assert key not in found or key == "embed_tokens.weight", "only the embedding may be on two ranks"
@@ -106,7 +112,8 @@ def test_stages_take_the_steps_of_one_process(name: str, trained: tuple[Path, in
             assert torch.equal(found.setdefault(key, value), value), "two copies that are as one"
     assert set(found) == set(wanted), "every weight lies somewhere"
     biases = [key for key in wanted if key.endswith("e_score_correction_bias")]
-    assert len(biases) >= 3 and all(wanted[key].abs().max() > 0 for key in biases)
+    moved = [key for key in biases if mtp or not key.startswith("mtp.")]
+    assert len(moved) >= 3 and all(wanted[key].abs().max() > 0 for key in moved)
     for key, value in wanted.items():
         if key in biases:
             assert torch.equal(found[key], value), key
@@ -134,3 +141,23 @@ def test_layers_are_dealt_evenly_and_mtp_counts() -> None:
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="62 stages of 61 layers"):
         split_layers(ModelConfig.preset("671b"), 62)
+
+
+@pytest.mark.parametrize(
+    ("name", "microbatches", "words"),
+    [
+        ("DualPipe", 4, "schedule = 'DualPipe' is none of torch's: choose one of GPipe"),
+        ("1F1B", 3, "8 rows cannot be cut into 3 equal micro-batches"),
+        ("1F1B", 0, "8 rows cannot be cut into 0 equal"),
+        ("DualPipeV", 2, "torch makes no DualPipeV of 2 ranks: .*at least as many microbatches as stages"),
+        ("1F1B", 1, "torch makes no 1F1B of 2 ranks: "),
+    ],
+)
+def test_what_cannot_be_a_pipeline_is_refused_in_a_line(name: str, microbatches: int, words: str) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ConfigError, match=words) as caught:
+            Pipeline(fresh(2), name, microbatches, ROWS, LENGTH)
+    finally:
+        dist.destroy_process_group()
+    assert "\n" not in str(caught.value)
