@@ -144,7 +144,8 @@ def train(
             )
         return 0
     if not replicas.first:
-        trainer.run(should_stop=stopped)
+        if trainer.run(should_stop=stopped):
+            trainer.averaged_weights()  # for the first process, which saves them
         trainer.stream.close()
         return 0
     validation = Validation(list(recipe.mixture), tokenizer, samples=args.judge, text_column=args.text_column)
