@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import DeepSeekV3
@@ -35,19 +35,45 @@ class Layout:
         sizes = zip(self.mesh.shape, self.placements, strict=True)
         return math.prod(size for size, placement in sizes if placement.is_replicate())
 
+    def piece(self, rank: int) -> tuple[slice, ...]:
+        """What a process holds, along each dimension. Cut as torch.chunk cuts: where it is uneven the last get less."""
+        place = (self.mesh.mesh == rank).nonzero()[0].tolist()
+        starts, sizes = [0] * len(self.shape), list(self.shape)
+        for coordinate, parts, placement in zip(place, self.mesh.shape, self.placements, strict=True):
+            if isinstance(placement, Shard):
+                size = sizes[placement.dim]
+                step = -(-size // parts)
+                skipped = min(coordinate * step, size)
+                starts[placement.dim] += skipped
+                sizes[placement.dim] = min(step, size - skipped)
+        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
     def own(self, whole: Tensor) -> Tensor:
         """This process's piece of a whole weight."""
-        sizes, starts = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
-        return whole[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+        return whole[self.piece(dist.get_rank())]
 
-    def spread(self, own: Tensor) -> DTensor:
-        """The whole weight as a distributed tensor, of which `own` is this process's piece."""
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(own, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
+    def together(self, own: Tensor, group: dist.ProcessGroup) -> Tensor | None:
+        """The whole weight in the group's first process, None in the others; all of the group call this together.
 
-    def whole(self, own: Tensor) -> Tensor:
-        """The whole weight in every process; all that share it call this together."""
-        return self.spread(own).full_tensor()
+        DTensor's own `full_tensor` gathers to all, and on a mesh whose processes are not in the order of their ranks, as the
+        experts' is, one that was told of a flattened dimension puts pieces in the wrong order.
+        """
+        if own.shape == self.shape:
+            return own
+        ranks = dist.get_process_group_ranks(group)
+        pieces = {rank: self.piece(rank) for rank in ranks}
+        shapes = {rank: [s.stop - s.start for s in piece] for rank, piece in pieces.items()}
+        message = own.new_zeros(max(map(math.prod, shapes.values())))
+        message[: own.numel()] = own.flatten()
+        first = dist.get_rank() == ranks[0]
+        arrived = [torch.empty_like(message) for _ in ranks] if first else None
+        dist.gather(message, arrived, ranks[0], group)
+        if arrived is None:
+            return None
+        whole = own.new_empty(self.shape)
+        for rank, flat in zip(ranks, arrived, strict=True):
+            whole[pieces[rank]] = flat[: math.prod(shapes[rank])].view(shapes[rank])
+        return whole
 
 
 def layouts(cfg: ModelConfig, mesh: Mesh) -> dict[str, Layout]:

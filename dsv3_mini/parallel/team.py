@@ -91,8 +91,10 @@ class Team(Replicas):
 
     # ---- putting together and taking apart -------------------------------------------------------------------------
 
-    def whole(self, name: str, own: Tensor) -> Tensor:
-        return self.layouts[name].whole(own) if own.ndim else own  # AdamW's count of steps is the same everywhere
+    def whole(self, name: str, own: Tensor) -> Tensor | None:
+        if not own.ndim:
+            return own  # AdamW's count of steps is the same everywhere
+        return self.layouts[name].together(own, self.mesh.data)
 
     def own_pieces(self, checkpoint: Checkpoint) -> Checkpoint:
         return _Pieces(checkpoint.folder, checkpoint.tensors, checkpoint.state, self.layouts)

@@ -76,8 +76,8 @@ class Replicas:
         """Scale the whole model's gradient down to a norm of at most `clip_norm`; returns the norm before."""
         return optimizer.clip_gradients(clip_norm)
 
-    def whole(self, name: str, own: Tensor) -> Tensor:
-        """A weight, or what belongs to one, put together from what the processes hold. All call this together."""
+    def whole(self, name: str, own: Tensor) -> Tensor | None:
+        """A weight, or what belongs to one, put together in the first process. All call this together."""
         return own
 
     def own_pieces(self, checkpoint: Checkpoint) -> Checkpoint:
