@@ -28,7 +28,7 @@ class Hop:
         dist.all_to_all_single(arriving, leaving, group=group)
         self.leaving, self.arriving = leaving.tolist(), arriving.tolist()
 
-    def there(self, x: Shaped[Tensor, "T *w"]) -> Shaped[Tensor, "arrived *w"]:
+    def there(self, x: Shaped[Tensor, "T ..."]) -> Shaped[Tensor, "arrived ..."]:
         """What belongs to the tokens (a row, a gate, a choice), at those that need it. Gradients travel back."""
         return self._exchange(x.index_select(0, self.sender_row), self.leaving, self.arriving)
 
