@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME=NUMBER,...",
-        help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero (default: each has all weights)",
+        help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero; recompute (default: each has all)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--judge", type=whole(0), default=16, help="samples to judge at each evaluation (default: 16)")
@@ -227,15 +227,20 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def parse_layout(text: str) -> ParallelPlan:
-    """'dp_shard=4,ep=2': the numbers of a `ParallelPlan`."""
-    numbers: dict[str, int] = {}
+    """'dp_shard=4,ep=2,recompute': the fields of a `ParallelPlan`."""
+    fields: dict[str, int | bool] = {}
     known = [field.name for field in dataclasses.fields(ParallelPlan)]
     for part in text.split(","):
         name, _, number = (word.strip() for word in part.partition("="))
-        if name not in known or name in numbers or not number.isdecimal():
-            raise ConfigError(f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and a number: ep=2")
-        numbers[name] = int(number)
-    return ParallelPlan(**numbers)
+        if name == "recompute" and not number:
+            fields[name] = True
+        elif name in known and name not in fields and name != "recompute" and number.isdecimal():
+            fields[name] = int(number)
+        else:
+            raise ConfigError(
+                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute) a number: ep=2"
+            )
+    return ParallelPlan(**fields)
 
 
 def require_device(device: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
 
 class Hop:
@@ -40,4 +40,5 @@ class Hop:
     def _exchange(self, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         # A process that has nothing to send, or gets nothing, takes part all the same: in backward, too, the others wait
         # for it, and autograd calls the same exchange there, as an empty tensor has a history like any other.
-        return all_to_all_single_autograd(rows.contiguous(), arriving, leaving, self.group)
+        # What comes back at once is a promise, a tensor without memory; the next thing that is done needs all of it.
+        return wait_tensor(all_to_all_single_autograd(rows.contiguous(), arriving, leaving, self.group))

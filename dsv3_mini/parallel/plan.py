@@ -37,6 +37,7 @@ class ParallelPlan:
     """The layout. Alone by default.
 
     `ep_nodes` is how many nodes an ep group spans: above 1, a token goes once to each node and is handed on there.
+    `recompute`: norms and up-projections are made again in backward, not kept.
 
     Raises:
         ConfigError: the numbers do not fit together; the message names the field, its value and the rule.
@@ -49,11 +50,15 @@ class ParallelPlan:
     ep_nodes: int = 1
     tp: int = 1
     zero: int = 3
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if field.name == "recompute":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"recompute = {value!r} must be true or false")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name} = {value!r} must be a whole number of at least 1")
         _require(self.zero <= 3, "zero", self.zero, "must be 1, 2 or 3")
         _require(self.ep % self.ep_nodes == 0, "ep_nodes", self.ep_nodes,
@@ -117,7 +122,7 @@ class ParallelPlan:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "report": dict(pp=16, dp_shard=128, ep=64, ep_nodes=8, zero=1),
+    "report": dict(pp=16, dp_shard=128, ep=64, ep_nodes=8, zero=1, recompute=True),
 }
 
 

@@ -17,6 +17,7 @@ from dsv3_mini.parallel.expert_parallel import spread_experts
 from dsv3_mini.parallel.layout import Layout, layouts
 from dsv3_mini.parallel.mesh import Mesh
 from dsv3_mini.parallel.plan import ParallelPlan
+from dsv3_mini.parallel.recompute import recompute
 from dsv3_mini.parallel.sharding import before_micro_batch, shard
 from dsv3_mini.train.checkpoint import Checkpoint
 from dsv3_mini.train.optimizer import MasterAdamW
@@ -46,6 +47,8 @@ class Team(Replicas):
 
     def divide(self, model: DeepSeekV3, dtype: torch.dtype) -> tuple[DeepSeekV3, dict[str, Tensor]]:
         plan = self.mesh.plan
+        if plan.recompute:
+            recompute(model)
         if plan.ep > 1:
             spread_experts(model, self.mesh.way(model.cfg.n_routed_experts))
         if plan.dp_shard == 1:

@@ -31,6 +31,7 @@ def test_the_reports_layout() -> None:
         ({"pp": True}, "pp = True must be a whole number of at least 1"),
         ({"dp_shard": 2.0}, "dp_shard = 2.0 must be a whole number of at least 1"),
         ({"zero": 4}, "zero = 4 must be 1, 2 or 3"),
+        ({"recompute": 1}, "recompute = 1 must be true or false"),
         ({"dp_shard": 4, "ep": 3}, r"ep = 3 must divide dp_shard \(4\)"),
         ({"dp_shard": 4, "dp_replicate": 2, "ep": 8}, r"ep = 8 must divide dp_shard \(4\)"),
         ({"dp_replicate": 4, "ep": 8}, r"ep = 8 must divide dp_replicate \(4\)"),

@@ -25,7 +25,7 @@ def train(folder: Path, *command: str) -> list[dict]:
 def test_torchrun_and_a_layout_give_the_run_of_one_process(tmp_path: Path) -> None:
     one = train(tmp_path / "one", "dsv3_mini.cli", "train")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dsv3_mini.train"]
-    two = train(tmp_path / "two", *torchrun, "--layout", "dp_shard=2,ep=2")
+    two = train(tmp_path / "two", *torchrun, "--layout", "dp_shard=2,ep=2,recompute")
     assert [line["kind"] for line in two] == [line["kind"] for line in one]
     assert sum(line["kind"] == "step" for line in one) >= 4
     for a, b in zip(one, two, strict=True):
@@ -44,7 +44,8 @@ def test_torchrun_and_a_layout_give_the_run_of_one_process(tmp_path: Path) -> No
     ("layout", "said"),
     [
         ("dp_shard=2,ep=3", "ep = 3 must divide dp_shard"),
-        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, once, and a number"),
+        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, recompute, once, and"),
+        ("recompute=1", "'recompute=1' must be one of"),
         ("ep=2,ep=2", "'ep=2' must be one of"),
         ("shard=2", "'shard=2' must be one of"),
         ("dp_shard=3,zero=1", "the plan is for 3 processes (pp 1 x dp_replicate 1 x dp_shard 3 x tp 1), but 2 were started"),
