@@ -7,6 +7,8 @@ rests in the first step: what is averaged where it should be added up, or counte
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch
 from jaxtyping import Int
 from nano_runs import nano_recipe, small_tokenizer
 from ranks import together
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.parallel.plan import ParallelPlan
+from dsv3_mini.parallel.sharding import units
 from dsv3_mini.parallel.team import Team
 from dsv3_mini.train.checkpoint import Checkpoint, checkpoints, load_checkpoint
 from dsv3_mini.train.replicas import ALONE, Replicas
@@ -87,9 +90,26 @@ def trainer(folder: Path, replicas: Replicas = ALONE, precision: str = "fp32") -
     return Trainer(folder, CFG, RECIPE.replace(precision=precision), small_tokenizer(), Rows, replicas=replicas)
 
 
+class Messages(TorchDispatchMode):
+    """Counts what torch does, exchanges included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def train(run: Trainer, count: int = STEPS) -> None:
-    """Some steps and a checkpoint, and what the steps reported beside it."""
-    reports = [run.train_step().to_log() for _ in range(count)]
+    """Some steps and a checkpoint, and what the steps reported beside it, with the exchanges of the last."""
+    reports = [run.train_step().to_log() for _ in range(count - 1)]
+    with Messages() as messages:
+        reports.append(run.train_step().to_log())
+    reports[-1]["units"] = len(units(run.model))
+    reports[-1]["gathers"] = messages.calls["c10d::_allgather_base_"]
+    reports[-1]["scatters"] = messages.calls["c10d::_reduce_scatter_base_"]
     run.save()
     if run.replicas.first:
         with (run.folder / "reports.jsonl").open("a") as file:
@@ -145,6 +165,20 @@ def test_many_processes_take_the_steps_of_one(runs: Path, count: int, name: str)
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()), msg=key)
         else:
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("count", PLANS)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_each_zero_form_sends_what_it_says(runs: Path, count: int, zero: int) -> None:
+    """Gradients are summed once a step or once a micro-batch; weights gathered once a step, or forward and backward."""
+    last = reports(runs / str(count) / f"ZeRO-{zero}")[-1]
+    # Embedding, norm and head; two blocks; MTP's module and its block; experts of the sparse block and of MTP's.
+    assert last["units"] == 7
+    parts = math.ceil(math.ceil(BATCH / count) / 2)
+    assert last["scatters"] == last["units"] * (1 if zero == 1 else parts)
+    once, twice = last["units"], parts * (2 * last["units"] - 1)  # the head's unit stays from forward to backward
+    # torch gathers the next unit ahead of its turn, and now and then one that is done.
+    assert last["gathers"] - (twice if zero == 3 else once) in (0, 1)
 
 
 def test_the_steps_are_large_beside_the_tolerance(runs: Path, tmp_path: Path) -> None:
