@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 
+from dsv3_mini.errors import CheckpointError
 from dsv3_mini.parallel.layout import Layout
 from dsv3_mini.train.checkpoint import Checkpoint, begin, checkpoint_name, load_state, publish, write_state
 
@@ -35,7 +37,9 @@ def save_pieces(
     if first:
         begin(temporary)
     dist.barrier()
-    whole = {key: _spread(key, tensor, layouts) for key, tensor in tensors.items()}
+    # A weight's state has a shape; AdamW's count of its steps has none.
+    layout_of = {key: layouts.get(key.partition(".")[2]) for key, tensor in tensors.items() if tensor.ndim}
+    whole = {key: layout.spread(t) if (layout := layout_of.get(key)) else t for key, t in tensors.items()}
     # In safetensors: torch's own form of a checkpoint is a pickle.
     dcp.save(whole, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
     if first:
@@ -48,16 +52,19 @@ def load_pieces(folder: Path, layouts: Mapping[str, Layout]) -> Checkpoint:
     """This process's pieces of a checkpoint, whatever plan wrote it; all processes call this together."""
     state = load_state(folder)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    kept = reader.read_metadata().state_dict_metadata
-    own = {}
-    for key, whole in kept.items():
-        layout = layouts.get(key.partition(".")[2])
-        shape = [s.stop - s.start for s in layout.piece(dist.get_rank())] if layout and whole.size else whole.size
-        own[key] = torch.empty(shape, dtype=whole.properties.dtype)
-    dcp.load({key: _spread(key, tensor, layouts) for key, tensor in own.items()}, storage_reader=reader)
+    try:
+        kept = reader.read_metadata().state_dict_metadata
+        own, wanted = {}, {}
+        for key, whole in kept.items():
+            layout = layouts.get(key.partition(".")[2])
+            # What has not the weight's shape is of another model, which is told where it is used.
+            layout = layout if layout and layout.shape == whole.size else None
+            own[key] = torch.empty(layout.own_shape if layout else whole.size, dtype=whole.properties.dtype)
+            wanted[key] = layout.spread(own[key]) if layout else own[key]
+        dcp.load(wanted, storage_reader=reader)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{folder} cannot be read ({first_line}): remove it to resume from the one before"
+        ) from None
     return Checkpoint(folder, own, state)
-
-
-def _spread(key: str, tensor: Tensor, layouts: Mapping[str, Layout]) -> Tensor:
-    layout = layouts.get(key.partition(".")[2])
-    return layout.spread(tensor) if layout and tensor.ndim else tensor

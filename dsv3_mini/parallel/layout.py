@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import DeepSeekV3
@@ -48,9 +48,15 @@ class Layout:
                 sizes[placement.dim] = min(step, size - skipped)
         return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This process's piece of a whole weight."""
-        return whole[self.piece(dist.get_rank())]
+    @property
+    def own_shape(self) -> torch.Size:
+        """Of this process's piece."""
+        return torch.Size(s.stop - s.start for s in self.piece(dist.get_rank()))
+
+    def spread(self, own: Tensor) -> DTensor:
+        """The whole weight as a distributed tensor, of which `own` is this process's piece."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(own, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
 
     def together(self, own: Tensor, group: dist.ProcessGroup) -> Tensor | None:
         """The whole weight in the group's first process, None in the others; all of the group call this together.

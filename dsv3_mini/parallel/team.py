@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.parallel.checkpoint import load_pieces, save_pieces
 from dsv3_mini.parallel.expert_parallel import spread_experts
 from dsv3_mini.parallel.layout import Layout, layouts
 from dsv3_mini.parallel.mesh import Mesh
@@ -95,25 +98,13 @@ class Team(Replicas):
     # ---- putting together and taking apart -------------------------------------------------------------------------
 
     def whole(self, name: str, own: Tensor) -> Tensor | None:
-        if not own.ndim:
-            return own  # AdamW's count of steps is the same everywhere
         return self.layouts[name].together(own, self.mesh.data)
 
-    def own_pieces(self, checkpoint: Checkpoint) -> Checkpoint:
-        return _Pieces(checkpoint.folder, checkpoint.tensors, checkpoint.state, self.layouts)
+    def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        save_pieces(run, step, tensors, state, self.layouts)
+
+    def load(self, folder: Path) -> Checkpoint:
+        return load_pieces(folder, self.layouts)
 
     def _cut(self, name: str) -> bool:
         return self.layouts[name].copies < self.count
-
-
-@dataclass(frozen=True)
-class _Pieces(Checkpoint):
-    """Gives this process's piece of each whole tensor that belongs to a weight."""
-
-    layouts: Mapping[str, Layout]
-
-    def tensor(self, name: str, shape: torch.Size) -> Tensor:
-        layout = self.layouts.get(name.partition(".")[2])
-        if layout is None or not shape:
-            return super().tensor(name, shape)
-        return layout.own(super().tensor(name, layout.shape))

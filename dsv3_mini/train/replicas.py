@@ -15,6 +15,8 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from dsv3_mini.model import DeepSeekV3
-from dsv3_mini.train.checkpoint import Checkpoint
+from dsv3_mini.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dsv3_mini.train.optimizer import MasterAdamW
 
 PATIENCE = datetime.timedelta(minutes=30)  # how long the others wait while the first one evaluates and saves
@@ -80,9 +82,14 @@ class Replicas:
         """A weight, or what belongs to one, put together in the first process. All call this together."""
         return own
 
-    def own_pieces(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A checkpoint of whole weights, as this process reads it."""
-        return checkpoint
+    def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint of what all processes hold. All call this together."""
+        if self.first:
+            save_checkpoint(run, step, tensors, state)
+
+    def load(self, folder: Path) -> Checkpoint:
+        """A checkpoint, as much of it as this process holds. All call this together."""
+        return load_checkpoint(folder)
 
     def add_up(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
         """Replace tensors of one dtype by their sums over a group, by default all processes, in one message."""

@@ -31,7 +31,7 @@ from dsv3_mini.errors import CheckpointError, ConfigError, UserError
 from dsv3_mini.files import write_text
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
-from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
+from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints
 from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
 from dsv3_mini.train.recipe import Recipe
@@ -223,8 +223,8 @@ class Trainer:
     # ---- keeping it safe -------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment; of several processes, which call this together, the first one writes."""
-        tensors = self._together(self.optimizer.tensors())
+        """Write a checkpoint of this moment; several processes call this together."""
+        tensors = self.optimizer.tensors()
         for router in routers(self.model):
             if router.e_score_correction_bias is not None:
                 tensors[f"gate_bias.{router.layer}"] = router.e_score_correction_bias
@@ -236,14 +236,13 @@ class Trainer:
             "context": self.stream.seq_len,
             "stream": self.stream.state_dict(),
         }
+        self.replicas.save(self.folder, self.step, tensors, state)
         self.last_saved = self.folder / "checkpoints" / checkpoint_name(self.step)
-        if self.replicas.first:
-            save_checkpoint(self.folder, self.step, tensors, state)
         return self.last_saved
 
     def _resume(self, folder: Path) -> None:
-        checkpoint = load_checkpoint(folder)
-        self.optimizer.load_tensors(self.replicas.own_pieces(checkpoint))
+        checkpoint = self.replicas.load(folder)
+        self.optimizer.load_tensors(checkpoint)
         for router in routers(self.model):
             bias = router.e_score_correction_bias
             if bias is not None:
@@ -264,7 +263,9 @@ class Trainer:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving average of the weights, whole; of several processes, which call this together, only in the first."""
-        return self._together(self.optimizer.ema or {n: m.detach() for n, m in self.optimizer.masters.items()})
+        own = self.optimizer.ema or {name: master.detach() for name, master in self.optimizer.masters.items()}
+        whole = {name: self.replicas.whole(name, piece) for name, piece in own.items()}
+        return whole if self.replicas.first else {}
 
     def averaged_model(self) -> DeepSeekV3:
         """A copy of the model, in FP32, with the moving average of the weights and the biases of now.
@@ -281,20 +282,6 @@ class Trainer:
             for name, buffer in model.named_buffers():
                 buffer.copy_(self.model.get_buffer(name))
         return model.eval()
-
-    def _together(self, pieces: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put together what processes share of each weight; whole in the first process, and nothing in the others.
-
-        Args:
-            pieces: by the weight's name, or by what belongs to it: `ema.` and the weight's name.
-        """
-        whole = {}
-        for key, piece in pieces.items():
-            name = key if key in self.optimizer.parameters else key.partition(".")[2]
-            tensor = self.replicas.whole(name, piece)
-            if self.replicas.first:
-                whole[key] = tensor
-        return whole
 
     def _refuse_other_run(self) -> None:
         """A folder that holds another run, or something that is no run, is left alone."""
