@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 from nano_runs import NANO, all_state, assert_bit_equal, nano_recipe, nano_trainer, small_tokenizer
 
+from dsv3_mini.data.stream import TokenStream
 from dsv3_mini.errors import CheckpointError
 from dsv3_mini.parallel import checkpoint as pieces
 from dsv3_mini.parallel.plan import ParallelPlan
@@ -28,7 +29,13 @@ def team(tmp_path: Path) -> Iterator[Team]:
 
 
 def trainer(folder: Path, team: Team) -> Trainer:
-    return Trainer(folder, NANO, nano_recipe(), small_tokenizer(), replicas=team)
+    """As `nano_trainer`, for a team."""
+    recipe, tokenizer = nano_recipe(), small_tokenizer()
+
+    def open_stream(context: int) -> TokenStream:
+        return TokenStream(tokenizer, context, recipe.mixture, seed=recipe.seed, block_rows=16)
+
+    return Trainer(folder, NANO, recipe, tokenizer, open_stream, replicas=team)
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(
