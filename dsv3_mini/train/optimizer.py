@@ -41,7 +41,8 @@ class MasterAdamW:
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.ema_decay = ema_decay
-        self.ema = {n: m.detach().clone() for n, m in self.masters.items()} if ema_decay else {}
+        # The average is read rarely: it lies in the CPU's memory, and leaves a GPU's to the training (report section 3.2.3).
+        self.ema = {n: m.detach().to("cpu", copy=True) for n, m in self.masters.items()} if ema_decay else {}
 
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters', in FP32: many micro-batches added up in BF16 would lose their tails."""
@@ -85,7 +86,7 @@ class MasterAdamW:
         self.adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
             if self.ema:
-                averages, masters = list(self.ema.values()), [m.detach() for m in self.masters.values()]
+                averages, masters = list(self.ema.values()), [m.detach().cpu() for m in self.masters.values()]
                 torch._foreach_lerp_(averages, masters, 1 - self.ema_decay)
             self._round_into_model()
 
