@@ -66,10 +66,10 @@ print(f"in at most {cfg.topk_group} of {cfg.n_group} groups, in each of {len(gro
 import json
 
 judged = json.loads(shipped("tiny/scores.json").read_text())["judged"]
-print(f"{judged['sentences_well_formed']:4.0%} of the sentences that it writes are right")
-print(f"{judged['well_formed']:4.0%} of the stories are, from the opening to the answer")
-print(f"{judged['story_answers']:4.0%} of the questions about stories of others it answers")
-print(f"{judged['sum_answers']:4.0%} of the sums come out")
+print(f"{judged['sentences_well_formed']:6.1%} of the sentences that it writes are right")
+print(f"{judged['well_formed']:6.1%} of the stories are, from the opening to the answer")
+print(f"{judged['story_answers']:6.1%} of the questions about stories of others it answers")
+print(f"{judged['sum_answers']:6.1%} of the sums come out")
 
 # %% [markdown] tags=["paper"]
 # ## The report, and this course

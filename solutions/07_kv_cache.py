@@ -167,13 +167,14 @@ check.write(write)
 #
 # A `LatentCache` belongs to one layer. It takes its memory once, for as many tokens as will ever come: `torch.cat` at
 # every step would copy the whole cache each time. `extend` writes the new rows and hands back all rows so far, as a
-# view. `stream` is your loop.
+# view. Your loop is `Writing._write`, for a batch whose rows may be of unequal lengths and end each at its own time. What
+# is drafted in it is for lesson 22: with nothing drafted, a pass reads one token of each row.
 
 # %%
 from dsv3_mini.inference.cache import LatentCache
-from dsv3_mini.inference.generate import stream
+from dsv3_mini.inference.writing import Writing
 
-show_source(LatentCache, stream)
+show_source(LatentCache, Writing._write)
 
 
 # %%
@@ -298,8 +299,8 @@ def absorbed(
 check.absorbed(absorbed)
 
 # %% [markdown]
-# The package has both ways next to each other, and takes the absorbed one when a single token is new. Is one the right
-# limit? Exercise 4 finds out.
+# The package has both ways next to each other, and takes the absorbed one when few tokens are new. How few? `absorbs`
+# says it; exercise 4 finds out.
 
 # %%
 from dsv3_mini.model.attention import MultiHeadLatentAttention
@@ -407,8 +408,8 @@ same(count_flops, by_the_ledger, (1, 4096, 128, 128, 64, 128, 512), (7, 300, 4, 
 #
 # $$ s^* = \frac{t A}{A + t B} \;\longrightarrow\; \frac{A}{B} = \frac{c\,(n + v)}{2c - n - v} \quad \text{for a long context} $$
 #
-# It depends on the widths, hardly on the context, and not at all on heads or batch. The package's rule, absorbed for
-# exactly one new token, is the cautious one for plain decoding: by this count it could absorb a chunk of up to $s^*$.
+# It depends on the widths, hardly on the context, and not at all on heads or batch. This count is the package's rule:
+# `MultiHeadLatentAttention.absorbs` compares the same two numbers, and a chunk of fewer than $s^*$ tokens is absorbed.
 
 # %%
 for preset, contexts in (("tiny", (128, 512)), ("16b", (4096,)), ("671b", (1024, 4096, 131_072))):
@@ -620,9 +621,9 @@ same(read_with_your_view, lambda: alone, ())
 # %% [markdown]
 # With the padding hidden and the positions counted in text, a row no longer notices its neighbours. In the prefill
 # nothing was wrong: the padding stands behind the prompt, where no token of it looks. Only mind where you read the
-# first new token: at the logits of slot `lengths[b] - 1`, not at the last slot, which is padding. The package avoids the
-# question: `complete` lets only prompts of one length share a batch. Servers do not pad either, they keep caches in
-# small pages, one list of pages for each row (lesson 23).
+# first new token: at the logits of slot `lengths[b] - 1`, not at the last slot, which is padding. The package needs no
+# such mask: in its `LatentCache` a row's next token goes behind the row's own last one, over the padding, and a slot is a
+# position. Servers keep caches in small pages, one list of pages for each row (lesson 23).
 
 # %% [markdown] tags=["at-671b"]
 # ## At 671B

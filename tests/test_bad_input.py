@@ -521,6 +521,8 @@ case(
     "--context 257 is more than max_position_embeddings = 256",
     given=model(str),
 )
+case("samples from no token", [*EVAL, "--top-p", "0"], "top_p = 0.0 must be above 0", given=model(str))
+case("samples from more than all", [*SAMPLE, "--top-p", "1.5"], "top_p = 1.5", "at most 1", given=model(str))
 case("no rows", [*EVAL, "--rows", "0"], "--rows", "0 must be at least 1", given=model(str))
 case("negative samples", [*EVAL, "--samples", "-1"], "--samples", "-1 must be at least 0", given=model(str))
 case(

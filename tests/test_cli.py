@@ -25,7 +25,7 @@ from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.doctor import Finding
 from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
-from dsv3_mini.inference.generate import TEMPERATURE
+from dsv3_mini.inference.generate import TEMPERATURE, TOP_P
 from dsv3_mini.model import DeepSeekV3
 
 TRAIN = ["train", "--preset", "nano", "--mixture", "stories=0.6,sums=0.4", "--judge", "0"]
@@ -147,7 +147,9 @@ def test_a_seed_gives_one_text_which_is_generates(prompt: str, dsv3: Any, nano: 
     ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(prompt)]])
     for seed, temperature in ((1, 0.8), (2, 0.8), (1, 0.0)):
         generator = torch.Generator().manual_seed(seed)
-        new = generate(model, ids, 12, temperature, tokenizer.eos_id, generator)[0, ids.shape[1] :].tolist()
+        new = generate(model, ids, 12, temperature, tokenizer.eos_id, generator, top_p=TOP_P)[
+            0, ids.shape[1] :
+        ].tolist()
         new = new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new
         assert sample(seed, "--temperature", str(temperature)) == prompt + tokenizer.decode(new) + "\n"
 
@@ -159,7 +161,8 @@ def test_a_sample_ends_with_the_context(dsv3: Any, nano: Path, tmp_path: Path) -
     tokenizer = Tokenizer.shipped()
     ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode("Tom has")]])
     room, generator = 24 - ids.shape[1], torch.Generator().manual_seed(4)
-    new = generate(from_pretrained(short).eval(), ids, room, 0.8, None, generator)[0, ids.shape[1] :].tolist()
+    model = from_pretrained(short).eval()
+    new = generate(model, ids, room, TEMPERATURE, None, generator, top_p=TOP_P)[0, ids.shape[1] :].tolist()
     assert tokenizer.eos_id not in new, "this seed runs into the end of the context"
     printed = dsv3("sample", "--model", str(short), "--seed", "4", "--max-new-tokens", "100000", "Tom has")
     assert printed == "Tom has" + tokenizer.decode(new) + "\n"
@@ -189,9 +192,9 @@ def test_eval_judges(dsv3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     flags = ["--samples", "2", "--rows", "1", "--context", "32", "--domains", "sums"]
     judged = json.loads(dsv3("eval", "--model", model, *flags, "--json"))["judged"]
     assert (judged["samples"], judged["questions"], judged["well_formed"]) == (2, 2, 0.0)
-    assert judged["temperature"] == TEMPERATURE
-    shown = dsv3("eval", "--model", model, *flags, "--temperature", "0.5")
-    assert "two-digit sums right" in shown and "2 samples at temperature 0.5" in shown
+    assert (judged["temperature"], judged["top_p"]) == (TEMPERATURE, TOP_P) == (0.6, 0.95)
+    shown = dsv3("eval", "--model", model, *flags, "--temperature", "0.5", "--top-p", "0.8")
+    assert "two-digit sums right" in shown and "2 samples at temperature 0.5 and top-p 0.8" in shown
 
 
 def test_a_model_without_mtp_weights_writes(dsv3: Any, nano: Path, tmp_path: Path) -> None:

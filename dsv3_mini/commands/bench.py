@@ -1,4 +1,4 @@
-"""dsv3 bench: our training step, loss and attention beside what one would use instead, in turns, on this machine."""
+"""dsv3 bench: our training step, decoding, loss and attention beside what one would use instead, in turns, on this machine."""
 
 from __future__ import annotations
 
@@ -22,18 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="transformers as it comes, without the other settings that it offers",
     )
+    generate = what.add_parser(
+        "generate", parents=[shared], help="decoding, beside transformers', with and without MTP"
+    )
+    generate.add_argument("--model", metavar="FOLDER", help="a model folder (default: the tiny model that ships)")
+    generate.add_argument("--prompt", type=whole(1), default=24, help="tokens in each prompt (default: 24)")
+    generate.add_argument("--new", type=whole(2), default=128, help="tokens to write in each row (default: 128)")
+    generate.add_argument("--drafts", type=whole(1), help="tokens that MTP drafts in each pass (default: one a module)")
     what.add_parser("loss", parents=[shared], help="cross-entropy in chunks, beside all logits at once")
     what.add_parser("attention", parents=[shared], help="MLA's attention: padded, unequal widths, explicit softmax")
 
 
 def run(args: argparse.Namespace) -> int:
-    from dsv3_mini.bench import attention, loss, train
+    from dsv3_mini.bench import attention, generate, loss, train
 
     if args.what == "train":
         result = train.run(
             args.preset, args.batch, args.context, args.rounds, args.threads, settings=not args.default_only
         )
         print(train.render(result))
+    elif args.what == "generate":
+        result = generate.run(args.model, args.prompt, args.new, args.drafts, args.rounds, args.threads)
+        print(generate.render(result))
     elif args.what == "loss":
         print(loss.render(loss.run(rounds=args.rounds, threads=args.threads)))
     else:

@@ -8,9 +8,10 @@ import json
 from dsv3_mini.commands.flags import add_model, number, read_model, whole
 from dsv3_mini.data.stream import MIXTURE, held_out_rows
 from dsv3_mini.errors import DataError
-from dsv3_mini.evaluate.bits_per_byte import held_out_loss
+from dsv3_mini.evaluate.bits_per_byte import losses_by_domain
 from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model
-from dsv3_mini.inference.generate import TEMPERATURE
+from dsv3_mini.inference.generate import TEMPERATURE, TOP_P
+from dsv3_mini.inference.sampling import Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=number(0), default=TEMPERATURE, help=f"of the judged samples (default: {TEMPERATURE})"
     )
+    parser.add_argument(
+        "--top-p", type=number(0), default=TOP_P, metavar="P",
+        help=f"draw them from the likeliest tokens that together hold P (default: {TOP_P}; 1: from all)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=whole(0), default=0, help="of the judged samples (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    Sampling(temperature=args.temperature, top_p=args.top_p)  # before a minute of measuring, not after it
     model, tokenizer = read_model(args)
     if args.context > model.cfg.max_position_embeddings:
         raise DataError(
@@ -44,23 +50,21 @@ def run(args: argparse.Namespace) -> int:
     # All are read before the first is measured: a name that is wrong should not cost minutes.
     source = {"text_column": args.text_column, "allow_network": args.allow_network}
     held_out = {name: held_out_rows(name, tokenizer, args.context, args.rows, **source) for name in args.domains}
-    scores: dict[str, object] = {"validation_loss": {}, "bits_per_byte": {}}
-    for domain, rows in held_out.items():
-        loss = held_out_loss(model, rows.tokens, tokenizer.pad_id)
-        scores["validation_loss"][domain] = round(loss.per_token, 4)
-        scores["bits_per_byte"][domain] = round(loss.bits_per_byte(rows.n_bytes), 4)
+    losses = losses_by_domain(model, held_out, tokenizer.pad_id)
+    scores: dict[str, object] = dict(losses)
     if args.samples:
-        judged = judge_model(model, tokenizer, args.samples, args.samples, args.temperature, args.seed)
+        judged = judge_model(model, tokenizer, args.samples, args.samples, args.temperature, args.top_p, args.seed)
         scores["judged"] = judged.to_log()
     if args.json:
         print(json.dumps(scores, indent=2))
         return 0
     print("held out    bits per byte   nats per token")
-    for domain, value in scores["bits_per_byte"].items():
-        print(f"  {domain:10} {value:12.3f} {scores['validation_loss'][domain]:16.3f}")
+    for domain, value in losses["bits_per_byte"].items():
+        print(f"  {domain:10} {value:12.3f} {losses['validation_loss'][domain]:16.3f}")
     if args.samples:
         print(
-            f"judged, held out ({judged.samples} samples at temperature {args.temperature:g}, {judged.questions} questions of a kind)"
+            f"judged, held out ({judged.samples} samples at temperature {args.temperature:g} and top-p {args.top_p:g}, "
+            f"{judged.questions} questions of a kind)"
         )
         rows = {
             "samples that are well-formed stories": judged.well_formed,

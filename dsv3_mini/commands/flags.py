@@ -38,8 +38,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_model(args: argparse.Namespace) -> tuple[DeepSeekV3, Tokenizer]:
-    """The model, without MTP, and the tokenizer beside it (the shipped tokenizer where there is none)."""
+def read_model(args: argparse.Namespace, mtp: bool = False) -> tuple[DeepSeekV3, Tokenizer]:
+    """The model and the tokenizer beside it (the shipped tokenizer where there is none).
+
+    Without `mtp` the MTP modules are left out, and need not be there: folders that transformers wrote have none.
+    """
     folder = shipped("tiny") if args.model is None else Path(args.model)
     if (folder / "recipe.json").exists() and not any(folder.glob("*.safetensors")):
         if not (folder / "model").is_dir():
@@ -47,9 +50,7 @@ def read_model(args: argparse.Namespace) -> tuple[DeepSeekV3, Tokenizer]:
         folder = folder / "model"
     own = folder / TOKENIZER_FILE
     tokenizer = Tokenizer.load(own) if own.exists() else Tokenizer.shipped()
-    model = from_pretrained(
-        folder, mtp=False
-    ).eval()  # no command speculates; transformers' folders have no MTP weights
+    model = from_pretrained(folder, mtp=mtp).eval()
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise ConfigError(
             f"{folder}: vocab_size = {model.cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens: "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 
 from dsv3_mini.commands.flags import add_model, number, read_model, whole
 from dsv3_mini.errors import DataError
-from dsv3_mini.inference.generate import TEMPERATURE, stream
+from dsv3_mini.inference.generate import TEMPERATURE, TOP_P, stream
+from dsv3_mini.inference.writing import Counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=number(0), default=TEMPERATURE,
         help=f"0 takes the likeliest token (default: {TEMPERATURE})",
     )  # fmt: skip
+    parser.add_argument(
+        "--top-p", type=number(0), default=TOP_P, metavar="P",
+        help=f"draw from the likeliest tokens that together hold P (default: {TOP_P}; 1: from all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-p", type=number(0), default=0.0, metavar="P", help="draw from tokens P times as likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=number(0), default=1.0, metavar="X",
+        help="above 1, what was already written becomes less likely (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=whole(0), help="for the same text again (default: another one each time)")
+    parser.add_argument(
+        "--mtp", action="store_true", help="draft with the MTP modules, and say on stderr how many drafts held"
+    )
+    parser.add_argument(
+        "--drafts", type=whole(1), metavar="N", help="tokens drafted in each pass, with --mtp (default: one a module)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         args.prompt.encode("utf-8")
     except UnicodeEncodeError as error:  # a terminal hands on bytes that are no UTF-8 as lone surrogates
         raise DataError(f"the prompt is not UTF-8: {error.object[error.start]!r} at character {error.start}") from None
-    model, tokenizer = read_model(args)
+    model, tokenizer = read_model(args, mtp=args.mtp)
     generator = torch.Generator()
     if args.seed is None:
         generator.seed()
@@ -42,10 +61,14 @@ def run(args: argparse.Namespace) -> int:
             f"the prompt has {len(ids)} tokens and leaves no room: it must be shorter than max_position_embeddings = "
             f"{model.cfg.max_position_embeddings}"
         )
+    tokens = stream(
+        model, torch.tensor([ids]), min(args.max_new_tokens, room), args.temperature, tokenizer.eos_id, generator,
+        top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty, use_mtp=args.mtp,
+        drafts=args.drafts,
+    )  # fmt: skip
     print(args.prompt, end="", flush=True)
     written, shown = [], ""
-    prompt = torch.tensor([ids])
-    for token in stream(model, prompt, min(args.max_new_tokens, room), args.temperature, tokenizer.eos_id, generator):
+    for token in tokens:
         if token.item() == tokenizer.eos_id:
             break
         written.append(token.item())
@@ -54,4 +77,14 @@ def run(args: argparse.Namespace) -> int:
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(tokenizer.decode(written)[len(shown) :])  # what was cut off within a letter
+    if args.mtp:
+        print(drafting(tokens.counts), file=sys.stderr)
     return 0
+
+
+def drafting(counts: Counts) -> str:
+    """One line: which share of the drafts held, and what that saved."""
+    if not counts.passes:
+        return "dsv3 sample: nothing was drafted, the first token was the last"
+    held = ", ".join(f"{counts.acceptance_at(depth):.0%}" for depth in range(1, len(counts.checked) + 1))
+    return f"dsv3 sample: drafts held {held or 'none'}; {counts.tokens_per_pass:.2f} tokens a pass"

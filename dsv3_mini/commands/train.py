@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -33,6 +32,7 @@ from dsv3_mini.train.display import Display
 from dsv3_mini.train.recipe import PRESETS as RECIPES
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import Replicas
+from dsv3_mini.train.run_log import read_log
 from dsv3_mini.train.trainer import Trainer
 from dsv3_mini.viz.figures.training import training_figure
 
@@ -189,8 +189,7 @@ def train(
 
 def draw_log(folder: Path) -> None:
     """RUN/training.png: the log as a picture."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    training_figure(lines).savefig(folder / "training.png")
+    training_figure(read_log(folder / "log.jsonl")).savefig(folder / "training.png")
 
 
 def read_recipe(args: argparse.Namespace) -> Recipe:

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.course.pretrain_run import apart
 from dsv3_mini.data.packing import IGNORED, inputs_and_targets
 from dsv3_mini.data.shipped import shipped, shipped_root
 from dsv3_mini.data.stream import TokenStream, held_out_rows
@@ -170,12 +171,11 @@ def score(model: DeepSeekV3) -> Score:
         lost += token_losses(main, model.lm_head.weight, targets).sum().item()
         kept += (targets != IGNORED).sum().item()
     stories, sums = (reduce(load, "l b e -> l e", "sum") for load in loads.values())
-    shares = [load / reduce(load, "l e -> l 1", "sum") for load in (stories, sums)]
     return Score(
         loss=lost / kept,
         max_vio=violations(stories + sums).mean().item(),
         sequence_vio=violations(torch.cat(list(loads.values()), dim=1)).mean().item(),
-        apart=((shares[0] - shares[1]).abs().sum(-1) / 2).mean().item(),
+        apart=apart(torch.stack([stories, sums])).mean().item(),
     )
 
 

@@ -1,16 +1,14 @@
 """The run of lesson 13: a nano model on all four domains, in half a minute or as long as one likes. And what is read from runs.
 
 It is a run as `dsv3 train` makes them, by the package's trainer, but for what is measured on the way: little, so that it can
-be measured often. Lines of a run are those of its log.jsonl (`train/trainer.py`), as JSON gives them back.
+be measured often. Lines of a run are those of its log.jsonl (`train/run_log.py`), as JSON gives them back.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +22,16 @@ from dsv3_mini.data.shipped import shipped
 from dsv3_mini.data.story_judge import well_formed_sentence
 from dsv3_mini.data.stream import HeldOut, held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
-from dsv3_mini.evaluate.bits_per_byte import held_out_loss
+from dsv3_mini.evaluate.bits_per_byte import losses_by_domain
 from dsv3_mini.evaluate.judged import sample_stories
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.run_log import read_log
 from dsv3_mini.train.trainer import Observer, Trainer
 
 SHAPE = ModelConfig.preset("nano", initializer_range=0.08)
 TOKENS = 100_000  # half a minute on one core
-SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 4, 48, 0.7  # of the stories that are sampled at each evaluation
+SAMPLES, SAMPLE_TOKENS = 4, 48  # of the stories that are sampled at each evaluation
 ROWS = 8  # held-out rows of each domain
 
 Line = Mapping[str, Any]
@@ -67,15 +66,11 @@ class Scores(Observer):
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         model, tokenizer = trainer.averaged_model(), self.tokenizer
-        scores: dict[str, Any] = {"validation_loss": {}, "bits_per_byte": {}}
-        for domain, rows in self.held_out.items():
-            loss = held_out_loss(model, rows.tokens, tokenizer.pad_id)
-            scores["validation_loss"][domain] = round(loss.per_token, 4)
-            scores["bits_per_byte"][domain] = round(loss.bits_per_byte(rows.n_bytes), 4)
-        texts = sample_stories(model, tokenizer, SAMPLES, TEMPERATURE, seed=0, most=SAMPLE_TOKENS)
+        losses = losses_by_domain(model, self.held_out, tokenizer.pad_id)
+        texts = sample_stories(model, tokenizer, SAMPLES, seed=0, most=SAMPLE_TOKENS)
         judged = [well_formed for text in texts for _, well_formed in read_by_grammar(text) if well_formed is not None]
         share = sum(judged) / max(1, len(judged))
-        return {**scores, "judged": {"sentences_well_formed": round(share, 4)}, "sample": texts[0]}
+        return {**losses, "judged": {"sentences_well_formed": round(share, 4)}, "sample": texts[0]}
 
 
 def read_by_grammar(text: str) -> list[tuple[str, bool | None]]:
@@ -86,11 +81,6 @@ def read_by_grammar(text: str) -> list[tuple[str, bool | None]]:
 
 
 # ---- a run's lines -----------------------------------------------------------------------------------------------------
-
-
-def read_log(file: Path) -> list[Line]:
-    """The lines of a run's log.jsonl."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def shipped_run() -> list[Line]:

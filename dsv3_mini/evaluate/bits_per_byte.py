@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsv3_mini.data.packing import IGNORED, inputs_and_targets
+from dsv3_mini.data.stream import HeldOut
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.losses import token_losses
 
@@ -50,3 +52,13 @@ def bits_per_byte(model: DeepSeekV3, rows: Int[Tensor, "b s1"], n_bytes: int, pa
         rows: held-out token rows. n_bytes: how many bytes of text their targets spell.
     """
     return held_out_loss(model, rows, pad_id, batch).bits_per_byte(n_bytes)
+
+
+def losses_by_domain(model: DeepSeekV3, held_out: Mapping[str, HeldOut], pad_id: int) -> dict[str, dict[str, float]]:
+    """`validation_loss` (nats per token) and `bits_per_byte` of each domain, to four digits: as logs and scores hold them."""
+    scores: dict[str, dict[str, float]] = {"validation_loss": {}, "bits_per_byte": {}}
+    for domain, rows in held_out.items():
+        loss = held_out_loss(model, rows.tokens.to(model.lm_head.weight.device), pad_id)
+        scores["validation_loss"][domain] = round(loss.per_token, 4)
+        scores["bits_per_byte"][domain] = round(loss.bits_per_byte(rows.n_bytes), 4)
+    return scores

@@ -15,7 +15,7 @@ import torch
 from dsv3_mini.data import stories, sums
 from dsv3_mini.data.story_judge import judge_story, well_formed_sentence
 from dsv3_mini.data.tokenizer import Tokenizer
-from dsv3_mini.inference.generate import complete
+from dsv3_mini.inference.generate import TEMPERATURE, TOP_P, complete
 from dsv3_mini.model import DeepSeekV3
 
 STORY_TOKENS = 256  # room for the longest story of the grammar
@@ -28,12 +28,13 @@ SUM_TOKENS = 80
 class JudgedScores:
     """Shares from 0 to 1 of `samples` free samples and `questions` held-out questions of each kind.
 
-    temperature: that of the samples; questions are answered greedily.
+    temperature, top_p: those of the samples; questions are answered greedily.
     problems: what was wrong with the first few samples that are not well-formed.
     """
 
     samples: int
     temperature: float
+    top_p: float
     sentences_well_formed: float
     a_sentence: str | None
     well_formed: float
@@ -53,11 +54,12 @@ def judge_model(
     tokenizer: Tokenizer,
     samples: int = 200,
     questions: int = 200,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
     seed: int = 0,
 ) -> JudgedScores:
-    """Sample stories at `temperature`, each from the first token of a held-out story, and answer questions greedily."""
-    texts = sample_stories(model, tokenizer, samples, temperature, seed)
+    """Sample stories, each from the first token of a held-out story, and answer questions greedily."""
+    texts = sample_stories(model, tokenizer, samples, seed, temperature, top_p)
     verdicts = [judge_story(text) for text in texts]
     sentences, a_sentence = well_formed_sentences(texts)
     held_out = [stories.generate_story(stories.HELD_OUT_SEED, i) for i in range(questions)]
@@ -73,6 +75,7 @@ def judge_model(
     return JudgedScores(
         samples=samples,
         temperature=temperature,
+        top_p=top_p,
         sentences_well_formed=sentences,
         a_sentence=a_sentence,
         well_formed=_share(v.well_formed for v in verdicts),
@@ -86,7 +89,13 @@ def judge_model(
 
 
 def sample_stories(
-    model: DeepSeekV3, tokenizer: Tokenizer, count: int, temperature: float, seed: int, most: int | None = None
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    count: int,
+    seed: int,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
+    most: int | None = None,
 ) -> list[str]:
     """`count` samples that begin as stories begin: with the first token of a held-out story each.
 
@@ -96,7 +105,7 @@ def sample_stories(
     firsts = [tokenizer.encode(stories.generate_story(stories.HELD_OUT_SEED, i).text)[0] for i in range(count)]
     prompts = [[tokenizer.eos_id, first] for first in firsts]
     generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
-    new = complete(model, prompts, most or STORY_TOKENS, temperature, tokenizer.eos_id, generator)
+    new = complete(model, prompts, most or STORY_TOKENS, temperature, tokenizer.eos_id, generator, top_p=top_p)
     return [tokenizer.decode([first, *ids]) for first, ids in zip(firsts, new, strict=True)]
 
 

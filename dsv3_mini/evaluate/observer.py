@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3_mini.data.stream import held_out_rows
+from dsv3_mini.data.stream import HeldOut, held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
-from dsv3_mini.evaluate.bits_per_byte import held_out_loss
+from dsv3_mini.evaluate.bits_per_byte import losses_by_domain
 from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model, sample_stories
 from dsv3_mini.train.trainer import Observer, Trainer
 
@@ -19,19 +19,19 @@ class Validation(Observer):
 
     def __init__(self, domains: Sequence[str], tokenizer: Tokenizer, samples: int, text_column: str = "text") -> None:
         self.domains, self.tokenizer, self.samples, self.text_column = list(domains), tokenizer, samples, text_column
+        self.held_out: dict[int, dict[str, HeldOut]] = {}  # by context, then by domain
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         model, context = trainer.averaged_model(), trainer.stream.seq_len
-        scores: dict[str, Any] = {"validation_loss": {}, "bits_per_byte": {}}
-        for domain in self.domains:
-            if domain.startswith("hub:"):
-                continue  # a streamed corpus would be read from its beginning each time
-            held_out = held_out_rows(domain, self.tokenizer, context, ROWS, text_column=self.text_column)
-            loss = held_out_loss(model, held_out.tokens.to(trainer.device), self.tokenizer.pad_id)
-            scores["validation_loss"][domain] = round(loss.per_token, 4)
-            scores["bits_per_byte"][domain] = round(loss.bits_per_byte(held_out.n_bytes), 4)
+        if context not in self.held_out:  # rows are made once, and anew where the run's context grows
+            self.held_out[context] = {
+                domain: held_out_rows(domain, self.tokenizer, context, ROWS, text_column=self.text_column)
+                for domain in self.domains
+                if not domain.startswith("hub:")  # a streamed corpus would be read from its beginning
+            }
+        scores: dict[str, Any] = losses_by_domain(model, self.held_out[context], self.tokenizer.pad_id)
         learns_grammar = {"stories", "sums"} <= set(self.domains)
         if self.samples and learns_grammar and trainer.cfg.max_position_embeddings >= JUDGED_CONTEXT:
             scores["judged"] = judge_model(model, self.tokenizer, self.samples, self.samples).to_log()
-            scores["sample"] = sample_stories(model, self.tokenizer, 1, temperature=1.0, seed=trainer.step)[0]
+            scores["sample"] = sample_stories(model, self.tokenizer, 1, seed=trainer.step)[0]
         return scores

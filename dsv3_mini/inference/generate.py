@@ -1,21 +1,36 @@
-"""Generation: one token after the other, from the latent cache."""
+"""Generation: token by token, or several at once with MTP's drafts; one prompt, or many of unequal lengths together.
+
+    generate   prompts [b s] -> the same rows, longer
+    stream     the same, a token of every row at a time
+    complete   prompts of any lengths -> each one's new tokens
+
+All take the same `Settings`, and all are the loop in `writing.py`.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from dsv3_mini.errors import ConfigError, DataError
-from dsv3_mini.inference.cache import LatentCache
+from dsv3_mini.inference.choosing import Source
+from dsv3_mini.inference.sampling import choose
+from dsv3_mini.inference.settings import Prompts, Settings
+from dsv3_mini.inference.writing import Counts, Writing
 from dsv3_mini.model import DeepSeekV3
 
-TEMPERATURE = 0.8
-"""Of the samples that `dsv3 sample` writes and `dsv3 eval` judges, unless they are told otherwise. At 1 a model also shows
-its doubts: whatever it gives a share of a thousandth comes in every tenth story of a hundred tokens."""
+__all__ = ["Stream", "choose", "complete", "generate", "stream"]
+
+Stops = int | Sequence[int] | None
+
+
+TEMPERATURE, TOP_P = 0.6, 0.95
+"""Of free samples, unless they are told otherwise: those that `dsv3 sample` writes, and those that are judged in `dsv3 eval`
+and during a run. With these two DeepSeek-R1's report samples its evaluations. With 1 and 1 (`--temperature 1 --top-p 1`) a
+model also shows its doubts: whatever it gives a share of a thousandth comes in every tenth story of a hundred tokens."""
 
 
 def generate(
@@ -23,96 +38,82 @@ def generate(
     tokens: Int[Tensor, "b s"],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    stop_id: int | None = None,
-    generator: torch.Generator | None = None,
+    stop_id: Stops = None,
+    generator: Source = None,
+    use_mtp: bool = False,
+    **more: Any,
 ) -> Int[Tensor, "b s_new"]:
-    """The prompts with up to `max_new_tokens` more tokens; rows that reached `stop_id` are filled up with it.
+    """The prompts with up to `max_new_tokens` more tokens; rows that reached a stop token are filled up with it.
 
     Args:
-        temperature: 0 takes the likeliest token; 1 samples from the model's own distribution.
-        generator: the source of randomness, on the model's device.
+        temperature: 0 takes the likeliest token; 1 draws from the model's own distribution.
+        stop_id: one token id, or several.
+        generator: the source of randomness, on the model's device; or one for each row.
+        use_mtp: draft with the MTP modules. The text is the same (drawn: its distribution), and it takes fewer passes.
+        more: `top_p`, `min_p`, `repetition_penalty`, `drafts`, `prefix`: see `Settings`.
 
     Raises:
         DataError: an empty prompt, an unknown token id, or more tokens than the model's context.
-        ConfigError: a temperature below 0 or no tokens asked for.
+        ConfigError: a setting out of its range, such as a temperature below 0 or no tokens asked for.
     """
-    parts = [
-        tokens,
-        *(token[:, None] for token in stream(model, tokens, max_new_tokens, temperature, stop_id, generator)),
-    ]
-    return torch.cat(parts, dim=1)
+    columns = stream(model, tokens, max_new_tokens, temperature, stop_id, generator, use_mtp=use_mtp, **more)
+    return torch.cat([tokens, *(column[:, None] for column in columns)], dim=1)
 
 
-@torch.no_grad()
 def stream(
     model: DeepSeekV3,
     tokens: Int[Tensor, "b s"],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    stop_id: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Int[Tensor, " b"]]:
-    """`generate`, token by token as they come; ends early once every row has reached `stop_id`."""
-    _check(model, tokens, max_new_tokens, temperature)
-    batch, length = tokens.shape
-    cache = LatentCache.for_model(
-        model.cfg, batch, length + max_new_tokens, model.lm_head.weight.dtype, model.lm_head.weight.device
-    )
-    done = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        states, _ = model.main_states(tokens, cache=cache)
-        token = choose(model.lm_head(states[:, -1]).float(), temperature, generator)
-        if stop_id is not None:
-            token = torch.where(done, stop_id, token)
-            done |= token == stop_id
-        yield token
-        if done.all():
-            return
-        tokens = token[:, None]
+    stop_id: Stops = None,
+    generator: Source = None,
+    **more: Any,
+) -> Stream:
+    """`generate`, token by token as they come; ends early once every row has reached a stop token."""
+    chosen = dict(max_new_tokens=max_new_tokens, temperature=temperature, stop_id=stop_id, generator=generator)
+    return Stream(Writing(model, tokens, Settings(**chosen, **more)), tokens.device)
 
 
-def choose(logits: Float[Tensor, "b v"], temperature: float, generator: torch.Generator | None) -> Int[Tensor, " b"]:
-    """The likeliest token of each row, or one sampled at the temperature."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    below_best = logits - logits.amax(dim=-1, keepdim=True)  # 0 at the best, so that no temperature can overflow it
-    return torch.multinomial((below_best / temperature).softmax(dim=-1), 1, generator=generator).squeeze(-1)
+class Stream(Iterator[Tensor]):
+    """The tokens [b] of all rows at one place, place after place; a row that stopped repeats its stop token.
+
+    Rows whose drafts hold run ahead of others: a place comes when all rows have got there.
+    """
+
+    def __init__(self, writing: Writing, device: torch.device) -> None:
+        self.writing = writing
+        self._columns = self._run(device)
+
+    def __next__(self) -> Int[Tensor, " b"]:
+        return next(self._columns)
+
+    @property
+    def counts(self) -> Counts:
+        """Passes, tokens and drafts so far."""
+        return self.writing.counts
+
+    def _run(self, device: torch.device) -> Iterator[Int[Tensor, " b"]]:
+        rows, ended, shown = self.writing.rows, self.writing.ended, 0
+        for _ in self.writing:
+            going = [len(row) for row, end in zip(rows, ended, strict=True) if not end]
+            ready = min(going) if going else max(map(len, rows))
+            for place in range(shown, ready):
+                yield torch.tensor([row[min(place, len(row) - 1)] for row in rows], device=device)
+            shown = max(shown, ready)
 
 
 def complete(
     model: DeepSeekV3,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    prompts: Prompts,
+    max_new_tokens: int = 64,
     temperature: float = 0.0,
-    stop_id: int | None = None,
-    generator: torch.Generator | None = None,
+    stop_id: Stops = None,
+    generator: Source = None,
+    **more: Any,
 ) -> list[list[int]]:
-    """The new tokens of each of many prompts, up to and without `stop_id`; prompts of one length share a batch."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(i)
-    completed: list[list[int]] = [[] for _ in prompts]
-    for length, members in sorted(by_length.items()):
-        tokens = torch.tensor([list(prompts[i]) for i in members], device=model.lm_head.weight.device)
-        rows = generate(model, tokens, max_new_tokens, temperature, stop_id, generator)[:, length:].tolist()
-        for i, row in zip(members, rows, strict=True):
-            completed[i] = row[: row.index(stop_id)] if stop_id in row else row
-    return completed
-
-
-def _check(model: DeepSeekV3, tokens: Tensor, max_new_tokens: int, temperature: float) -> None:
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature = {temperature} must be at least 0")
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise DataError(f"prompt of shape {tuple(tokens.shape)} cannot be continued: give at least one token a row")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.cfg.vocab_size:
-        raise DataError(f"token id {low if low < 0 else high} is not in the vocabulary of {model.cfg.vocab_size}")
-    total = tokens.shape[1] + max_new_tokens
-    if total > model.cfg.max_position_embeddings:
-        raise DataError(
-            f"prompt of {tokens.shape[1]} and max_new_tokens = {max_new_tokens} are more than max_position_embeddings = "
-            f"{model.cfg.max_position_embeddings}: shorten one of them"
-        )
+    """The new tokens of each of many prompts, of any lengths, up to and without a stop token; all share a batch."""
+    if len(prompts) == 0:
+        return []
+    chosen = dict(max_new_tokens=max_new_tokens, temperature=temperature, stop_id=stop_id, generator=generator)
+    writing = Writing(model, prompts, Settings(**chosen, **more)).finish()
+    return [row[:-1] if row[-1] in writing.stops else row for row in writing.rows]

@@ -11,7 +11,8 @@ attention keeps 40,960.
     query    = [W_UQ q_latent ; RoPE(W_QR q_latent)] h (n + r),  q_latent = norm(W_DQ x)
 
 Two ways to the same output stand below: `expanded` builds every head's keys and values (training, prefill); `absorbed`
-folds W_UK into the query and W_UV into the output, and attends to the latents themselves (decoding).
+folds W_UK into the query and W_UV into the output, and attends to the latents themselves (decoding). `absorbs` counts which
+of the two takes fewer products.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
 from dsv3_mini.config import ModelConfig
@@ -30,7 +31,15 @@ from dsv3_mini.model.rope import rotate, softmax_scale
 
 
 class LayerCache(Protocol):
-    """What attention asks of a cache: keep the new tokens' latents, give back those of all tokens so far."""
+    """What the model asks of a cache: keep the new tokens' latents, give back all; and where new tokens will stand.
+
+    Slot t of a row holds the row's token at position t. `length` is that of the longest row.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    def positions(self, new: int) -> Int[Tensor, "#b new"]: ...
 
     def extend(
         self, latent: Float[Tensor, "b s c"], key_rope: Float[Tensor, "b s r"]
@@ -76,9 +85,20 @@ class MultiHeadLatentAttention(nn.Module):
         latent, key_rope = self._latents(x, turn)
         if cache is not None:
             latent, key_rope = cache.extend(latent, key_rope)
-        attend = self.absorbed if cache is not None and x.shape[1] == 1 else self.expanded
+        attend = self.absorbed if self.absorbs(x.shape[1], latent.shape[1]) else self.expanded
         mixed = attend(query_nope, query_rope, latent, key_rope, mask)
         return self.o_proj(rearrange(mixed, "b s h v -> b s (h v)"))
+
+    def absorbs(self, new: int, context: int) -> bool:
+        """Whether `absorbed` takes fewer products than `expanded`, for `new` queries over `context` keys, the new ones included.
+
+        Building a key and a value costs up = c (n + v) multiplications in a head, for each cached token; folding costs as
+        many, for each new one. In exchange a query meets a key in 2c + r numbers on the latents, in n + r + v on the heads.
+        Where nothing was cached, expanded: all keys are new, and torch's causal kernel wants them built.
+        """
+        latent = self.kv_b_proj.in_features
+        up, wider = latent * (self.nope + self.value), 2 * latent - self.nope - self.value
+        return new < context and new * (up + context * wider) < context * up
 
     def expanded(
         self,

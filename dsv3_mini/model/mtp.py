@@ -16,6 +16,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.model.attention import LayerCache
 from dsv3_mini.model.block import Block
 from dsv3_mini.model.experts import GroupedExperts
 from dsv3_mini.model.norm import RMSNorm
@@ -39,13 +40,15 @@ class MTPModule(nn.Module):
         hidden: Float[Tensor, "b s d"],
         turn: Complex[Tensor, "*b s pairs"],
         mask: Bool[Tensor, "#b s t"] | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Float[Tensor, "b s d"], Routing | None]:
         """The next depth's hidden states, ready for the head.
 
         Args:
             embedding: of the tokens one further than those that `hidden` has read.
             hidden: the normed states of the depth before.
+            cache: the module's own, when drafting: it holds the positions before these.
         """
         joined = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
-        deeper, routing = self.block(joined, turn, mask)
+        deeper, routing = self.block(joined, turn, mask, cache)
         return self.norm(deeper), routing

@@ -127,11 +127,12 @@ class DeepSeekV3(nn.Module):
         """The main model up to its final norm."""
         seen = 0 if cache is None else cache[0].length
         self._check(tokens, seen)
-        positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
+        new = tokens.shape[1]
+        positions = torch.arange(new, device=tokens.device) if cache is None else cache[0].positions(new)
         turn = rotations(self.cfg, positions)
         mask = None if document_ids is None else same_document(document_ids)
         if seen:
-            mask = rearrange(positions, "s -> 1 s 1") >= torch.arange(seen + tokens.shape[1], device=tokens.device)
+            mask = visible(positions, seen + new)
         x, routings = self.embed_tokens(tokens), []
         for layer, block in enumerate(self.layers):
             x, routing = block(x, turn, mask, None if cache is None else cache[layer])
@@ -150,6 +151,11 @@ class DeepSeekV3(nn.Module):
                 f"{seen + tokens.shape[1]} tokens are more than max_position_embeddings = "
                 f"{self.cfg.max_position_embeddings}: shorten the input, or extend the context with YaRN"
             )
+
+
+def visible(positions: Int[Tensor, "b s"], keys: int) -> Bool[Tensor, "b s keys"]:
+    """True where a query may see a cached key: not later. A key's slot in the cache is its position."""
+    return rearrange(positions, "b s -> b s 1") >= torch.arange(keys, device=positions.device)
 
 
 def same_document(document_ids: Int[Tensor, "b s"]) -> Bool[Tensor, "b s t"]:

@@ -91,7 +91,7 @@ class Team(Replicas):
         squares = torch.stack(shares).sum()
         dist.all_reduce(squares, group=self.mesh.data)
         norm = squares.sqrt()
-        if torch.isfinite(norm):
+        if clip_norm < norm < torch.inf:
             nn.utils.clip_grads_with_norm_([master for _, master in masters], clip_norm, norm)
         return norm
 

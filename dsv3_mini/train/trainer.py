@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import ALONE, Replicas
+from dsv3_mini.train.run_log import NoLog, RunLog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -331,37 +331,6 @@ class Observer:
     def on_evaluation(self, scores: dict[str, Any]) -> None: ...
 
 
-class RunLog:
-    """JSON lines. A resumed run first drops the lines written after its checkpoint, so that no step stands twice."""
-
-    def __init__(self, file: Path, step: int) -> None:
-        self.file = file
-        if file.exists():
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
-            write_text(file, "".join(line + "\n" for line in kept))
-
-    def __enter__(self) -> RunLog:
-        self.handle = self.file.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.close()
-
-    def write(self, line: dict[str, Any]) -> None:
-        self.handle.write(json.dumps(line) + "\n")
-        self.handle.flush()
-
-
-class NoLog(nullcontext):
-    """Where another process writes the log."""
-
-    def __enter__(self) -> NoLog:
-        return self
-
-    def write(self, line: dict[str, Any]) -> None: ...
-
-
 def first_not_finite(model: DeepSeekV3, masters: dict[str, Tensor]) -> str:
     """The name of the first weight, else gradient, that holds a NaN or an infinity."""
     parameters = dict(model.named_parameters())
@@ -393,10 +362,3 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 
 def _crossed(before: int, after: int, every: int) -> bool:
     return before // every != after // every
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None  # a line cut short by a kill

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 from small_lesson import SOURCE
 
-from dsv3_mini.course.build import clean, main, same_picture
+from dsv3_mini.course.build import clean, main, same_picture, small_picture
 from dsv3_mini.errors import UserError
 
 
@@ -114,18 +118,28 @@ def test_prints_are_joined_and_places_addresses_and_warnings_refused() -> None:
         clean([nbformat.from_dict(dict(output_type="display_data", data=live, metadata={}))], "x")
 
 
+def encoded(array: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(array.astype("uint8")).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_pictures_are_kept_in_few_colours_that_nobody_misses() -> None:
+    # Thousands of colours, as soft edges make them: two ramps, a little noise, and white.
+    y, x = np.mgrid[:200, :300]
+    chart = np.stack([x * 0.8, 250 - x * 0.8, y + 20], axis=-1) + np.random.default_rng(0).integers(0, 5, (200, 300, 3))
+    chart[:, 280:] = 255
+    output = nbformat.from_dict(dict(output_type="display_data", data={"image/png": encoded(chart)}, metadata={}))
+    kept = clean([output], "x")[0].data["image/png"]
+    assert kept == small_picture(encoded(chart))
+    image = Image.open(io.BytesIO(base64.b64decode(kept)))
+    assert len(image.getcolors(2**24)) <= 256 and len(kept) < len(encoded(chart))
+    shown = np.asarray(image.convert("RGB"), dtype=float)
+    # 256 colours for a plane of 256 x 200 of them: each stands for 16 x 13, so it is 8 off at most, and 4 in the mean.
+    assert abs(shown - chart).mean() < 4 and (shown[:, 280:] == 255).all()
+
+
 def test_pictures_are_compared_by_what_they_show() -> None:
-    import base64
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    def encoded(array: np.ndarray) -> str:
-        buffer = io.BytesIO()
-        Image.fromarray(array.astype("uint8")).save(buffer, "PNG")
-        return base64.b64encode(buffer.getvalue()).decode()
-
     page = np.full((60, 80), 255)
     nearly, other = page.copy(), page.copy()
     nearly[3, 4] = 250  # one pixel of a line's edge

@@ -36,7 +36,7 @@ class Writer:
 
     def __init__(self, change: Callable[[str, int, str], str] = lambda kind, number, text: text) -> None:
         self.tokenizer, self.change = Tokenizer.shipped(), change
-        self.asked: list[tuple[str, list[str], int, float]] = []
+        self.asked: list[tuple[str, list[str], int, float, float]] = []
 
     def __call__(
         self,
@@ -46,13 +46,14 @@ class Writer:
         temperature: float = 0.0,
         stop_id: int | None = None,
         generator: torch.Generator | None = None,
+        top_p: float = 1.0,
     ) -> list[list[int]]:
         assert stop_id == self.tokenizer.eos_id and all(prompt[0] == stop_id for prompt in prompts)
         assert all(len(prompt) + max_new_tokens <= JUDGED_CONTEXT for prompt in prompts)
         texts = [self.tokenizer.decode(prompt[1:]) for prompt in prompts]
         samples = max_new_tokens == STORY_TOKENS
         kind = "sample" if samples else "question" if "Answer:" in texts[0] else "sum"
-        self.asked.append((kind, texts, max_new_tokens, temperature))
+        self.asked.append((kind, texts, max_new_tokens, temperature, top_p))
         written = []
         for number, prompt in enumerate(texts):
             whole = self.whole_text(kind, number)
@@ -70,7 +71,7 @@ class Writer:
 def scores_of(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> JudgedScores:
     monkeypatch.setattr(judged, "complete", writer)
     model = DeepSeekV3(ModelConfig.preset("nano"))
-    return judge_model(model, writer.tokenizer, samples=COUNT, questions=COUNT, temperature=0.7)
+    return judge_model(model, writer.tokenizer, samples=COUNT, questions=COUNT, temperature=0.7, top_p=0.9)
 
 
 def test_a_writer_that_is_always_right_scores_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,11 +79,11 @@ def test_a_writer_that_is_always_right_scores_everything(monkeypatch: pytest.Mon
     scores = scores_of(writer, monkeypatch)
     first = stories.generate_story(stories.HELD_OUT_SEED, 0).text
     assert scores.a_sentence is not None and first.startswith(scores.a_sentence)
-    assert scores == JudgedScores(COUNT, 0.7, 1.0, scores.a_sentence, 1.0, 1.0, 1.0, COUNT, 1.0, 1.0, [])
-    assert [(kind, tokens, t) for kind, _, tokens, t in writer.asked] == [
-        ("sample", STORY_TOKENS, 0.7),
-        ("question", ANSWER_TOKENS, 0.0),  # answers are greedy
-        ("sum", SUM_TOKENS, 0.0),
+    assert scores == JudgedScores(COUNT, 0.7, 0.9, 1.0, scores.a_sentence, 1.0, 1.0, 1.0, COUNT, 1.0, 1.0, [])
+    assert [(kind, *how) for kind, _, *how in writer.asked] == [
+        ("sample", STORY_TOKENS, 0.7, 0.9),
+        ("question", ANSWER_TOKENS, 0.0, 1.0),  # answers are greedy
+        ("sum", SUM_TOKENS, 0.0, 1.0),
     ]
     for kind, prompts, *_ in writer.asked:
         if kind == "question":
@@ -161,10 +162,10 @@ def test_a_story_of_a_wrong_world_is_well_formed_but_not_consistent(monkeypatch:
 def test_samples_are_repeatable_and_begin_as_held_out_stories_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judged, "STORY_TOKENS", 20)
     tokenizer, model = Tokenizer.shipped(), DeepSeekV3(ModelConfig.preset("nano", vocab_size=4096))
-    samples = sample_stories(model, tokenizer, 3, 1.0, seed=4)
-    assert (
-        samples == sample_stories(model, tokenizer, 3, 1.0, seed=4) != sample_stories(model, tokenizer, 3, 1.0, seed=5)
-    )
+    samples = sample_stories(model, tokenizer, 3, seed=4)
+    assert samples == sample_stories(model, tokenizer, 3, seed=4) != sample_stories(model, tokenizer, 3, seed=5)
+    for other in (dict(temperature=1.0), dict(top_p=0.5)):
+        assert samples != sample_stories(model, tokenizer, 3, seed=4, **other)
     for i, sample in enumerate(samples):
         story = stories.generate_story(stories.HELD_OUT_SEED, i)
         first = tokenizer.decode(tokenizer.encode(story.text)[:1])

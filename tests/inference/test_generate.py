@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from chi_square import p_value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_models import YARN, assert_routing_is_awake, nano, random_model, random_tokens
 from torch import Tensor
 
@@ -29,14 +33,6 @@ def greedy_without_cache(model: DeepSeekV3, tokens: Tensor, count: int) -> tuple
         margin = min(margin, (best.values[:, 0] - best.values[:, 1]).min().item())
         tokens = torch.cat([tokens, best.indices[:, :1]], dim=1)
     return tokens, margin
-
-
-def p_value(counts: Tensor, shares: Tensor) -> float:
-    """Pearson's chi-square: the chance that a sample of these shares lies at least so far off."""
-    expected = shares.double() * counts.sum()
-    chi2 = ((counts - expected).square() / expected).sum()
-    freedom = torch.tensor((len(shares) - 1) / 2, dtype=torch.float64)
-    return 1 - torch.special.gammainc(freedom, chi2 / 2).item()
 
 
 # ---- greedy ----------------------------------------------------------------------------------------------------------
@@ -108,6 +104,38 @@ def test_complete_is_one_prompt_at_a_time(model: DeepSeekV3) -> None:
         assert complete(model, prompts, 9, stop_id=stop_id) == expected
     assert len(expected[1]) <= 3, "the stop token and what follows it are no part of an answer"
     assert complete(model, [], 9) == []
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(1, 14), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 1000))
+def test_a_ragged_batch_is_one_prompt_at_a_time(model: DeepSeekV3, lengths: list[int], new: int, seed: int) -> None:
+    prompts = [random_tokens(model.cfg, 1, n, seed + i)[0].tolist() for i, n in enumerate(lengths)]
+    stop = (7, 100, 311)
+    assert complete(model, prompts, new, stop_id=stop) == [complete(model, [p], new, stop_id=stop)[0] for p in prompts]
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(1, 14), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 1000))
+def test_with_a_generator_for_each_row_a_drawn_batch_is_too(
+    model: DeepSeekV3, lengths: list[int], new: int, seed: int
+) -> None:
+    prompts = [random_tokens(model.cfg, 1, n, seed + i)[0].tolist() for i, n in enumerate(lengths)]
+
+    def sources(rows: Iterable[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed + row) for row in rows]
+
+    settings = dict(temperature=1.2, top_p=0.9, min_p=0.001, repetition_penalty=1.5)
+    together = complete(model, prompts, new, generator=sources(range(len(prompts))), **settings)
+    alone = [complete(model, [p], new, generator=sources([i]), **settings)[0] for i, p in enumerate(prompts)]
+    assert together == alone
+
+
+def test_any_of_several_stop_tokens_ends_a_row(model: DeepSeekV3) -> None:
+    prompt = random_tokens(model.cfg, rows=1, length=6)
+    free = generate(model, prompt, 16)[0, 6:].tolist()
+    late, early = free[9], free[4]
+    assert generate(model, prompt, 16, stop_id=[late, early])[0, 6:].tolist() == free[: free.index(early) + 1]
+    assert complete(model, prompt, 16, stop_id={late, early}) == [free[: free.index(early)]]
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -187,3 +215,29 @@ def test_mistakes_are_one_line(tokens: Tensor, settings: dict[str, Any], kind: t
 def test_an_empty_prompt_among_others_is_refused(model: DeepSeekV3) -> None:
     with pytest.raises(DataError, match="at least one token"):
         complete(model, [[1, 2], []], 4)
+
+
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        (
+            [torch.tensor([1, 2]), torch.tensor([1.0])],
+            "prompt 1 is of shape (1,) and type torch.float32: give whole numbers",
+        ),
+        ([torch.tensor([True])], "torch.bool"),
+        ([[1, 2], [3, 4.5]], "prompt 1 holds 4.5: give whole numbers"),
+        ([[1], [2, "a"]], "prompt 1 holds 'a'"),
+        ([torch.tensor([[1, 2]])], "prompt 0 is of shape (1, 2)"),
+        ([[1], [2, 512]], "prompt 1: token id 512 is not in the vocabulary of 512"),
+        ([[1], [2] * 250], "prompt 1 of 250 and max_new_tokens = 8"),
+    ],
+)
+def test_a_wrong_prompt_of_a_batch_is_named(model: DeepSeekV3, prompts: list[Any], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        complete(model, prompts, 8)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prompts_of_other_whole_numbers_are_read(model: DeepSeekV3) -> None:
+    rows = [torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([4], dtype=torch.uint8), [5, 6]]
+    assert complete(model, rows, 6) == complete(model, [[1, 2, 3], [4], [5, 6]], 6)

@@ -10,6 +10,7 @@ from random_models import YARN, nano
 from torch import Tensor
 
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.ledger.decode import attention_flops
 from dsv3_mini.model.attention import MultiHeadLatentAttention, attention
 from dsv3_mini.model.norm import RMSNorm
 from dsv3_mini.model.rope import rotations
@@ -211,3 +212,32 @@ def test_heads_and_latent_norm_are_in_place() -> None:
     layer.kv_a_proj_with_mqa.weight[cfg.kv_lora_rank :] *= 100
     assert (run(layer, cfg, x) - before).abs().max() > 0.1
     assert rearrange(before, "1 s d -> s d").isfinite().all()
+
+
+# ---- which of the two ways -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["nano", "tiny", "16b", "671b"])
+def test_the_way_is_the_one_with_fewer_flops_by_the_ledger(preset: str) -> None:
+    cfg = ModelConfig.preset(preset)
+    with torch.device("meta"):
+        layer = MultiHeadLatentAttention(cfg)
+    names = set()
+    for context in (2, 3, 17, 160, 1024, 4096, 131_072):
+        for new in {1, 2, 3, 16, 31, 60, 64, 100, 146, 147, 159, 160, 161, 170, 171, 1024, context - 1}:
+            if new < context:
+                flops = attention_flops(cfg, new, context)
+                name = "absorbed" if flops.absorbed < flops.rebuilt else "expanded"
+                assert layer.absorbs(new, context) == (name == "absorbed")
+                names.add(name)
+    # nano's latent is as narrow as a head's key and value together: it is never dearer to attend to it.
+    assert names == ({"absorbed"} if preset == "nano" else {"absorbed", "expanded"})
+
+
+@pytest.mark.parametrize("preset", ["nano", "671b"])
+def test_what_has_nothing_before_it_is_expanded(preset: str) -> None:
+    """Training, and prompts: by the count a narrow latent would absorb here, and without a mask see the future."""
+    with torch.device("meta"):
+        layer = MultiHeadLatentAttention(ModelConfig.preset(preset, kv_lora_rank=8))
+    for new in (1, 2, 1024):
+        assert not layer.absorbs(new, new)

@@ -190,12 +190,11 @@ def test_the_steps_are_large_beside_the_tolerance(runs: Path, tmp_path: Path) ->
         assert (end[f"master.{name}"] - weight).abs().max() > 20 * 1e-5, name
 
 
-@pytest.mark.parametrize("count", PLANS)
-def test_one_process_goes_on_where_many_stopped(runs: Path, tmp_path: Path, count: int) -> None:
-    for name in PLANS[count]:
-        run, expected = trainer(runs / str(count) / name), trainer(runs / "one fp32")
-        assert run.step == expected.step == STEPS
-        assert run.train_step().loss == pytest.approx(expected.train_step().loss, abs=1e-5)
+@pytest.mark.parametrize(("count", "name"), [(4, "EP on two nodes"), (2, "ZeRO-3")])
+def test_one_process_goes_on_where_many_stopped(runs: Path, count: int, name: str) -> None:
+    many, one = trainer(runs / str(count) / name), trainer(runs / "one fp32")
+    assert many.step == one.step == STEPS
+    assert many.train_step().loss == pytest.approx(one.train_step().loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", BF16)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from nano_runs import NANO, interrupted, nano_recipe, small_tokenizer
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
 
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.train.replicas import Replicas
@@ -60,6 +62,19 @@ def test_more_processes_than_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size = 4 cannot be shared among 5 processes"):
         Trainer(tmp_path / "run", NANO, nano_recipe(batch=4), small_tokenizer(), replicas=Replicas(0, 5))
     assert not (tmp_path / "run").exists()
+
+
+def all_hear_of_it(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    replicas = Replicas(rank, 2)
+    assert [replicas.anyone(flag) for flag in (False, rank == 1, rank == 0, True)] == [False, True, True, True]
+    replicas.leave()
+
+
+def test_all_stop_when_one_is_told_to(tmp_path: Path) -> None:
+    """Ctrl-C comes to one process a step earlier than to the other, or to one alone."""
+    start_processes(all_hear_of_it, (str(tmp_path / "store"),), nprocs=2)
+    assert Replicas().anyone(True) and not Replicas().anyone(False)
 
 
 def test_what_is_wrong_is_said_once_and_in_one_line(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from dsv3_mini.errors import CheckpointError, ConfigError, UserError
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.checkpoint import checkpoints
 from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.run_log import RunLog
 from dsv3_mini.train.schedules import Piece, Schedule, constant, steps
-from dsv3_mini.train.trainer import Diverged, Observer, RunLog, StepReport, Trainer
+from dsv3_mini.train.trainer import Diverged, Observer, StepReport, Trainer
 
 NAN = float("nan")
 

@@ -162,14 +162,18 @@ def test_the_explorer_draws_what_its_controls_say(monkeypatch: pytest.MonkeyPatc
     assert w == pytest.approx([100.0 ** (-j / 64) for j in range(64)])
     assert (context, degrees, pair) == (163_840, 60, 20)
     explorer.set(width=8)
-    assert len(shown[-1][0]) == 4 and shown[-1][3] == 3, "a pair beyond the last is the last"
+    assert len(shown[-1][0]) == 4 and shown[-1][3] == 3, "where there is no pair 20 the last one is shown"
+    assert explorer.controls["pair"].max == 3, "and its slider ends there"
+    explorer.set(width=16, pair=7)
+    assert len(shown[-1][0]) == 8 and shown[-1][3] == 7
+    assert all(pair < len(frequencies) for frequencies, _, _, pair in shown)
 
 
 @pytest.mark.parametrize("theta", THETAS)
 @pytest.mark.parametrize("width", (WIDTHS[0], WIDTHS[-1]))
 def test_every_setting_fits_the_ruler(theta: float, width: int) -> None:
     for context in (CONTEXTS[0], CONTEXTS[-1]):
-        figure = draw_frequencies(theta, width, context, 5, 63)
+        figure = draw_frequencies(theta, width, context, 5, width // 2 - 1)
         low, high = figure.axes[0].get_xlim()
         bars = [artist for gid, artist in by_gid(figure).items() if gid.startswith("pair-")]
         assert len(bars) == width // 2

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch, Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from dsv3_mini.viz.style import COLOURS, house_style
@@ -186,6 +187,7 @@ def _ruler(
     axes.set(xscale="log", xlim=(SHORTEST, LONGEST), ylim=(len(names) - 0.4, -0.6))
     axes.set(xlabel="distance (tokens)", ylabel="pair of dimensions")
     axes.set_xticks(list(DECADES), list(DECADES.values()))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))  # there is no pair 0.5
     axes.set_title(f"Told apart: from a turn of {degrees:g}° to a whole one", fontsize=12, fontweight="normal")
     axes.minorticks_off()
 

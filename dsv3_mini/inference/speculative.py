@@ -1,0 +1,123 @@
+"""Drafting with the modules of multi-token prediction (report sections 2.2 and 5.4.3).
+
+One rule covers the whole chain: *who reads a token gets, beside it, the state of the depth before, after the token before.*
+The main model has read `... a b` and chosen `c`. Then
+
+    depth 1   reads c beside the main model's state after b    and drafts x1, what may follow c
+    depth 2   reads x1 beside depth 1's state after c          and drafts x2
+    depth 3   reads x2 beside depth 2's state after x1         and drafts x3
+
+Each depth has read the text before in the same way and keeps a latent cache of it: one layer's. When the main model has
+judged the drafts, a depth reads what is now certain (beside certain states, which the main model's pass has just
+given) and what it had read of the drafts is forgotten.
+
+A model that was trained with fewer depths than one wants drafts (the released one has one) uses its last module on and on,
+beside that module's own states. It was not trained for that, so such drafts hold less often, and cost no more.
+Nothing here can harm the text, only its speed: `choosing.py` decides what stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv3_mini.inference.cache import LatentCache
+from dsv3_mini.inference.choosing import Chooser, Drafted
+from dsv3_mini.inference.few_tokens import FewTokens
+from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.model.rope import rotations
+from dsv3_mini.model.transformer import visible
+
+
+class Drafter:
+    """The chain of MTP modules that `drafts` tokens a pass need, with their caches, for `batch` rows of `capacity` tokens."""
+
+    def __init__(self, model: DeepSeekV3, drafts: int, batch: int, capacity: int, few: FewTokens | None = None) -> None:
+        weight = model.lm_head.weight
+        self.model, self.modules = model, list(model.mtp)[:drafts]
+        self.few = few
+        self.caches = [LatentCache(model.cfg, batch, capacity, weight.dtype, weight.device) for _ in self.modules]
+        # Of each depth the state after the last certain token: the next one that comes is read beside it, a depth further.
+        self.carried: list[Float[Tensor, "b 1 d"]] = []
+
+    def draft(
+        self,
+        read: Int[Tensor, "b s"],
+        states: Float[Tensor, "b s d"],
+        kept: Sequence[int],
+        token: Int[Tensor, " b"],
+        count: int,
+        chooser: Chooser,
+    ) -> Drafted:
+        """`count` tokens that may follow `token`. Between calls the count may fall, and must not rise.
+
+        A prompt shorter than the chain is one that training has no place for: the first drafts behind it are worse, no more.
+
+        Args:
+            read: what the main model has read since the last call; of row b the first kept[b] tokens are certain.
+            states: its states after each of them.
+            kept: 0 for a row that has ended: its drafts mean nothing.
+            token: what it chose to follow them.
+        """
+        if count == 0:
+            return Drafted.nothing(len(read), read.device)
+        length, rows = max(1, *kept), torch.arange(len(read), device=read.device)
+        newest = torch.tensor(kept, device=read.device).clamp(min=1) - 1
+        # What the chain reads: the token after each that was read, `token` at place `newest`, and the drafts behind it.
+        text = torch.cat([read[:, 1:length], read.new_zeros(len(read), count)], dim=1)
+        text[rows, newest] = token
+        hidden, carried, certain = states[:, :length], [], []
+        drafts, shares = [], []
+
+        def propose(state: Float[Tensor, "b d"]) -> None:
+            earlier = torch.stack(drafts, dim=1) if drafts else text[:, :0]
+            draft, drawn_from = chooser.propose(self.model.lm_head(state).float(), earlier)
+            drafts.append(draft)
+            shares.extend(drawn_from)
+
+        depths = self.caches[:count]
+        for depth, cache in enumerate(depths):
+            if depth and self.carried:
+                hidden = torch.cat([self.carried[depth - 1], hidden], dim=1)
+            first = length + depth - hidden.shape[1]  # the place in `text` of the first token that is read now
+            held = cache.lengths
+            certain.append([n + max(0, k - first) for n, k in zip(held, kept, strict=True)])
+            hidden = self._read(depth, text[:, first : length + depth], hidden)
+            carried.append(hidden[rows, (newest - first).clamp(min=0)][:, None])
+            state = hidden[rows, newest + depth - first]
+            propose(state)
+            if depth + 1 < count:
+                text[rows, newest + depth + 1] = drafts[-1]
+
+        if count > len(depths):  # the last module goes on, beside its own states
+            cache.truncate([n + k + depth - first for n, k in zip(held, kept, strict=True)])
+        for _ in range(count - len(depths)):
+            state = self._read(depth, drafts[-1][:, None], state[:, None])[:, 0]
+            propose(state)
+
+        for cache, lengths in zip(depths, certain, strict=True):
+            cache.truncate(lengths)
+        self.carried = carried
+        return Drafted(torch.stack(drafts, dim=1), shares)
+
+    def _read(self, depth: int, tokens: Int[Tensor, "b s"], beside: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+        """One module's states after these tokens. Its slots count from the first token that it read: RoPE sees distances."""
+        cache, new = self.caches[depth], tokens.shape[1]
+        if self.few is not None and self.few.absorbs(new, cache.length + new):
+            return self.few.mtp_states(depth, tokens, beside, cache)
+        positions = cache.positions(new)
+        mask = visible(positions, cache.length + new) if cache.length else None
+        turn = rotations(self.model.cfg, positions)
+        states, _ = self.modules[depth](self.model.embed_tokens(tokens), beside, turn, mask, cache)
+        return states
+
+    def select(self, rows: Sequence[int]) -> Drafter:
+        """A new one with these rows, in memory of its own."""
+        chosen = object.__new__(type(self))
+        chosen.model, chosen.modules, chosen.few = self.model, self.modules, self.few
+        chosen.caches = [cache.select(rows) for cache in self.caches]
+        chosen.carried = [state[list(rows)] for state in self.carried]
+        return chosen

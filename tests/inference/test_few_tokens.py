@@ -1,0 +1,121 @@
+"""The model arranged for few tokens against the model as it stands, and which models are left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from random_models import YARN, assert_routing_is_awake, nano, random_model, random_tokens
+
+from dsv3_mini.inference import LatentCache, few_tokens, generate
+from dsv3_mini.inference.few_tokens import FewTokens, fits
+from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.model.experts import LoopExperts
+
+CPU = torch.device("cpu")
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "yarn": YARN,
+    "queries not compressed": {"q_lora_rank": None},
+    "wide latent": {"kv_lora_rank": 64},
+    "no groups": {"n_group": 1, "topk_group": 1},
+    "softmax, not normalised": {"scoring_func": "softmax", "norm_topk_prob": False},
+    "no shared experts": {"n_shared_experts": 0},
+    "two shared experts": {"n_shared_experts": 2},
+    "no bias": {"topk_method": "aux_loss"},
+}
+
+
+def caches(model: DeepSeekV3, rows: int, count: int, seed: int = 5) -> list[LatentCache]:
+    """Layers' caches whose rows hold 9, 6, 9, 6, ... tokens; or all 9."""
+    layers = [LatentCache(model.cfg, rows, 12, torch.float32, CPU) for _ in range(count)]
+    torch.manual_seed(seed)
+    for layer in layers:
+        layer.extend(torch.randn(rows, 9, model.cfg.kv_lora_rank), torch.randn(rows, 9, model.cfg.qk_rope_head_dim))
+    return layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gathered", [0, 2**40], ids=["sent", "side by side"])
+@pytest.mark.parametrize("new", [1, 2, 5])
+@pytest.mark.parametrize("rows, lengths", [(1, [9]), (3, [9, 9, 9]), (3, [9, 6, 1])])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_states_are_those_of_the_model(
+    shape: str, rows: int, lengths: list[int], new: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Main model and MTP module, beside caches of random numbers: states, and what is kept, to FP32's rounding."""
+    monkeypatch.setattr(few_tokens, "GATHERED", gathered)
+    model = random_model(nano(**SHAPES[shape]))
+    if shape in ("plain", "yarn"):
+        assert_routing_is_awake(model, random_tokens(model.cfg))
+    assert fits(model)
+    few, tokens = FewTokens(model), random_tokens(model.cfg, rows, new)
+    theirs, ours = (caches(model, rows, len(model.layers)) for _ in range(2))
+    for layer in (*theirs, *ours):
+        layer.truncate(lengths)
+    expected, _ = model.main_states(tokens, cache=theirs)
+    torch.testing.assert_close(few.main_states(tokens, ours), expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.lengths == other.lengths == [n + new for n in lengths]
+        torch.testing.assert_close(one.kept, other.kept, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
+def test_mtp_states_are_those_of_the_module(lengths: list[int]) -> None:
+    from dsv3_mini.model.rope import rotations
+    from dsv3_mini.model.transformer import visible
+
+    model = random_model(nano(num_nextn_predict_layers=2))
+    few, tokens = FewTokens(model), random_tokens(model.cfg, 2, 3)
+    beside = torch.randn(2, 3, model.cfg.hidden_size)
+    for depth, module in enumerate(model.mtp):
+        (theirs,), (ours,) = (caches(model, 2, 1) for _ in range(2))
+        theirs.truncate(lengths)
+        ours.truncate(lengths)
+        positions = theirs.positions(3)
+        turn, mask = rotations(model.cfg, positions), visible(positions, 12)
+        expected, _ = module(model.embed_tokens(tokens), beside, turn, mask, theirs)
+        torch.testing.assert_close(few.mtp_states(depth, tokens, beside, ours), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.kept, theirs.kept, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_bf16_is_as_near_as_bf16_is() -> None:
+    """Beside the FP32 model: no farther than twice what the model itself is in BF16."""
+    exact = random_model(nano())
+    model = random_model(nano()).to(torch.bfloat16)
+    tokens, cache = random_tokens(exact.cfg, 2, 1), caches(exact, 2, len(exact.layers))
+    wanted, _ = exact.main_states(tokens, cache=cache)
+
+    def apart(states_of: Any) -> float:
+        layers = caches(model, 2, len(model.layers))
+        for layer in layers:
+            layer.kept = layer.kept.to(torch.bfloat16)
+        return (states_of(layers).float() - wanted).norm().item()
+
+    assert apart(lambda c: FewTokens(model).main_states(tokens, c)) < 2 * apart(
+        lambda c: model.main_states(tokens, cache=c)[0]
+    )
+
+
+def test_models_with_parts_of_their_own_are_run_as_they_are() -> None:
+    assert fits(random_model(nano()))
+    assert not fits(random_model(nano(), LoopExperts))
+    watched, calls = random_model(nano()), []
+    watched.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    assert not fits(watched)
+    generate(watched, random_tokens(watched.cfg, 1, 4), 5)
+    assert len(calls) == 5, "who watches a model sees every pass"
+
+
+def test_what_generation_runs_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass of the model for the prompt; the other passes are of few tokens."""
+    model, passes = random_model(nano()), []
+    original = FewTokens.main_states
+    monkeypatch.setattr(
+        FewTokens, "main_states", lambda self, tokens, cache: passes.append(1) or original(self, tokens, cache)
+    )
+    generate(model, random_tokens(model.cfg, 1, 4), 6)
+    assert len(passes) == 5
