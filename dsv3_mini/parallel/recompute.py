@@ -9,7 +9,8 @@ little arithmetic (report section 3.2.3):
 Matrix products other than the up-projections, and attention itself, are not done twice. Numbers do not change: what is made
 again is made by the same operations from the same inputs.
 
-Simplification: the model's final norm and those that join MTP's two inputs are kept.
+Simplifications: the model's final norm and those that join MTP's two inputs are kept, and so is, in BF16, the gate's FP32 copy
+of what it reads.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.model.norm import RMSNorm
 from dsv3_mini.parallel.recompute import recompute
 from dsv3_mini.train.losses import Losses, training_losses
 
@@ -72,20 +73,28 @@ def test_the_same_gradients_for_two_products_a_block(q_lora_rank: int | None) ->
     assert again.calls[ATTENTION] == plain.calls[ATTENTION] == 0
 
 
-def test_what_follows_from_the_latents_is_not_held() -> None:
+def test_what_is_made_again_is_not_held() -> None:
     cfg = ModelConfig.preset("nano", vocab_size=64)
     model, rows = DeepSeekV3(cfg), torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    held = []
+    norms: dict[str, StorageWeakRef] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and ("layers." in name or ".block." in name):
+            module.register_forward_hook(
+                lambda _, __, out, name=name: norms.update({name: StorageWeakRef(out.untyped_storage())})
+            )
+    held, kept = [], []
     for change in (lambda _: None, recompute):
         change(model)
         with Watch() as forward:
             losses = training_losses(model, rows, rows, 0.3, 1e-2)  # held, as backward is still to come
         held.append(forward.held())
+        kept.append(sum(not reference.expired() for reference in norms.values()))
         del losses
+    assert kept == [4 * 4, 0]  # the block's two norms and the latents' two, in three blocks and MTP's
     tokens = ROWS * (LENGTH * cfg.num_hidden_layers + (LENGTH - 1) * cfg.num_nextn_predict_layers)
     heads = cfg.num_attention_heads * 3 * cfg.qk_head_dim  # queries, keys, and values padded to their width
-    norms = 2 * cfg.hidden_size + cfg.q_lora_rank + cfg.kv_lora_rank
-    assert held[0] - held[1] >= 4 * tokens * (heads + norms)
+    widths = 2 * cfg.hidden_size + cfg.q_lora_rank + cfg.kv_lora_rank
+    assert held[0] - held[1] >= 4 * tokens * (heads + widths)
 
 
 def test_decoding_with_a_cache_is_left_alone() -> None:
