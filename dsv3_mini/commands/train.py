@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, number, read_config, whole
 from dsv3_mini.config import ModelConfig
@@ -24,6 +26,7 @@ from dsv3_mini.evaluate.observer import Validation
 from dsv3_mini.hub import save_pretrained
 from dsv3_mini.ledger import count_parameters
 from dsv3_mini.machine import memory
+from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.train.allocator import keep_freed_memory
 from dsv3_mini.train.display import Display
 from dsv3_mini.train.recipe import PRESETS as RECIPES
@@ -58,7 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole(0), help="of weights and data (default: the recipe's)")
     parser.add_argument("--threads", type=whole(1, most=1024), help="CPU threads (default: torch's choice)")
     parser.add_argument(
-        "--processes", type=whole(1, most=1024), default=1, help="share each batch among so many processes (default: 1)"
+        "--processes",
+        type=whole(1, most=1024),
+        help="share each batch among so many processes (default: 1, or the layout's)",
+    )
+    parser.add_argument(
+        "--layout",
+        metavar="NAME=NUMBER,...",
+        help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero; recompute (default: each has all)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--judge", type=whole(0), default=16, help="samples to judge at each evaluation (default: 16)")
@@ -69,14 +79,24 @@ def run(args: argparse.Namespace) -> int:
     cfg, recipe = read_config(args), read_recipe(args)
     require_device(args.device)
     require_memory(cfg, args.device)
-    if args.processes > 1 and not torch.distributed.is_torchelastic_launched():
-        return start_processes(args.processes)
+    plan = None if args.layout is None else parse_layout(args.layout)
+    if not torch.distributed.is_torchelastic_launched():
+        processes = args.processes or (1 if plan is None else plan.processes)
+        if plan is not None:
+            plan.check(cfg, processes)
+        if processes > 1:
+            return start_processes(processes)
     if args.device == "cpu":
         keep_freed_memory()
     # Ctrl-C is caught before the processes meet: one that it ended would leave the others waiting for it.
     with cpu_threads(args.threads), stop_on_interrupt(args.minutes) as stopped:
         replicas = Replicas.from_environment()
         try:
+            if plan is not None and dist.is_initialized():
+                # Only processes that share weights need wait for torch's parts for it.
+                from dsv3_mini.parallel.team import Team
+
+                replicas = Team.join(plan, cfg, torch.device(args.device).type)
             return train(args, cfg, recipe, replicas, stopped)
         finally:
             replicas.leave()
@@ -144,7 +164,8 @@ def train(
             )
         return 0
     if not replicas.first:
-        trainer.run(should_stop=stopped)
+        if trainer.run(should_stop=stopped):
+            trainer.averaged_weights()  # for the first process, which saves them
         trainer.stream.close()
         return 0
     validation = Validation(list(recipe.mixture), tokenizer, samples=args.judge, text_column=args.text_column)
@@ -202,6 +223,23 @@ def parse_mixture(text: str) -> dict[str, float]:
             raise ConfigError(f"--mixture {text!r}: {'a corpus has no name' if not name else name + ' stands twice'}")
         mixture[name] = value
     return mixture
+
+
+def parse_layout(text: str) -> ParallelPlan:
+    """'dp_shard=4,ep=2,recompute': the fields of a `ParallelPlan`."""
+    fields: dict[str, int | bool] = {}
+    known = [field.name for field in dataclasses.fields(ParallelPlan)]
+    for part in text.split(","):
+        name, _, number = (word.strip() for word in part.partition("="))
+        if name == "recompute" and not number:
+            fields[name] = True
+        elif name in known and name not in fields and name != "recompute" and number.isdecimal():
+            fields[name] = int(number)
+        else:
+            raise ConfigError(
+                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute) a number: ep=2"
+            )
+    return ParallelPlan(**fields)
 
 
 def require_device(device: str) -> None:

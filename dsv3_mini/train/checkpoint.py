@@ -3,6 +3,8 @@
     RUN/checkpoints/step-00001200/state.safetensors    weights, moments, averages, gate biases, random state
                                   state.json           step, tokens seen, position in the data, settings
 
+Processes that share weights write files of pieces instead (parallel/checkpoint.py), which are read here as well.
+
 A checkpoint is written under a temporary name and renamed when complete, so a kill at any moment leaves the one before.
 """
 
@@ -12,19 +14,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv3_mini.errors import CheckpointError
 
 STATE = ("step", "tokens", "seconds", "context", "stream")
+WHOLE, PIECES = "state.safetensors", "shard-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,28 +60,43 @@ def save_checkpoint(
     root = run / "checkpoints"
     final = root / checkpoint_name(step)
     temporary = root / f".{final.name}.{os.getpid()}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    begin(temporary)
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for file in [*temporary.iterdir(), temporary]:
-            _flush(file)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WHOLE)
+        write_state(temporary, state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{final} cannot be written ({str(error).splitlines()[0]}): make room, and run the same command again; "
             "it goes on from the checkpoint before"
         ) from None
+    publish(temporary, final, keep)
+    return final
+
+
+def begin(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def write_state(temporary: Path, state: Mapping[str, Any]) -> None:
+    """The last file; then all of them are on the disk."""
+    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in [*temporary.iterdir(), temporary]:
+        _flush(file)
+
+
+def publish(temporary: Path, final: Path, keep: int = 2) -> None:
+    """Give a complete checkpoint its name, then remove the oldest beyond `keep`, and what was never completed."""
+    root = final.parent
     if final.exists():
         _take_away(final)
     os.replace(temporary, final)
     _flush(root)
-    for old in checkpoints(run)[:-keep]:
+    for old in checkpoints(root.parent)[:-keep]:
         _take_away(old)
     for partial in root.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
-    return final
 
 
 def checkpoint_name(step: int) -> str:
@@ -91,18 +110,51 @@ def checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one back. Raises a CheckpointError that names the file if it is missing or damaged."""
-    file = folder / "state.json"
-    try:
-        state = dict(json.loads(file.read_text(encoding="utf-8")))
+    state = load_state(folder)
+    in_pieces = any(folder.glob(PIECES)) and not (folder / WHOLE).exists()
+    with _readable(folder / (PIECES if in_pieces else WHOLE)):
+        return Checkpoint(folder, _load_pieces(folder) if in_pieces else load_file(folder / WHOLE), state)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What its state.json says. Raises a CheckpointError that names the file if it is missing or damaged."""
+    with _readable(folder / "state.json"):
+        state = dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
         missing = [name for name in STATE if name not in state]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
-        file = folder / "state.safetensors"
-        return Checkpoint(folder, load_file(file), state)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        return state
+
+
+def _load_pieces(folder: Path) -> dict[str, Tensor]:
+    """Whole tensors of files in which each tensor's metadata tells where its piece begins."""
+    pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
+    for file in sorted(folder.glob(PIECES)):
+        with safe_open(file, framework="pt") as opened:
+            places = json.loads((opened.metadata() or {})["DCP_SHARDING_INFO"])
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                pieces.setdefault(name, []).append((places[name]["saved_offsets"], opened.get_tensor(name)))
+    return {name: _joined(parts) for name, parts in pieces.items()}
+
+
+def _joined(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
+    ends = [[start + size for start, size in zip(starts, piece.shape, strict=True)] for starts, piece in pieces]
+    whole = pieces[0][1].new_empty([max(along) for along in zip(*ends, strict=True)])
+    if sum(piece.numel() for _, piece in pieces) != whole.numel():
+        raise ValueError("a file of pieces is missing")
+    for (starts, piece), end in zip(pieces, ends, strict=True):
+        whole[tuple(slice(*along) for along in zip(starts, end, strict=True))] = piece
+    return whole
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{file} cannot be read ({first_line}): remove {folder.name} to resume from the one before"
+            f"{file} cannot be read ({first_line}): remove {file.parent.name} to resume from the one before"
         ) from None
 
 

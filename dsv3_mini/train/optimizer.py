@@ -16,6 +16,9 @@ class MasterAdamW:
     A BF16 weight has 8 bits: an update of a thousandth of it rounds away. So the optimizer keeps an FP32 copy of every
     BF16 parameter, steps on that, and rounds into the model. FP32 parameters are their own masters. Matrices decay
     towards zero, norms do not.
+
+    Of a weight that processes share (`parallel/sharding.py`) the master is this process's piece, as a plain tensor: AdamW
+    takes each number on its own, and torch's fused step does not mix pieces that lie on different meshes.
     """
 
     def __init__(
@@ -30,36 +33,38 @@ class MasterAdamW:
         self.parameters = dict(model.named_parameters())
         start = start or self.parameters
         self.masters = {
-            n: p if p.dtype == torch.float32 else start[n].detach().float() for n, p in self.parameters.items()
+            n: own_piece(p) if p.dtype == torch.float32 else start[n].detach().float()
+            for n, p in self.parameters.items()
         }
         matrices = [m for m in self.masters.values() if m.ndim > 1]
         others = [m for m in self.masters.values() if m.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.ema_decay = ema_decay
-        self.ema = {n: m.detach().clone() for n, m in self.masters.items()} if ema_decay else {}
+        # The average is read rarely: it lies in the CPU's memory, and leaves a GPU's to the training (report section 3.2.3).
+        self.ema = {n: m.detach().to("cpu", copy=True) for n, m in self.masters.items()} if ema_decay else {}
 
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters', in FP32: many micro-batches added up in BF16 would lose their tails."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
-                gradient = parameter.grad.float()
+                gradient = own_piece(parameter.grad).float()
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def gradients(self, resting: str | None = None) -> list[Tensor]:
+    def gradients(self, resting: str | None = None) -> dict[str, Tensor]:
         """The masters' gradients, in one order in every process; zeros for a weight that no token of the batch used.
 
         Args:
             resting: weights whose names begin so are not trained in this step, by any process. They get no gradient, as
                 zeros would still let AdamW decay them.
         """
-        trained = [m for name, m in self.masters.items() if resting is None or not name.startswith(resting)]
-        for master in trained:
+        trained = {n: m for n, m in self.masters.items() if resting is None or not n.startswith(resting)}
+        for master in trained.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        return [master.grad for master in trained]
+        return {name: master.grad for name, master in trained.items()}
 
     def clip_gradients(self, clip_norm: float) -> Tensor:
         """Scale the masters' gradients down to a norm of at most `clip_norm`; returns the norm before.
@@ -83,7 +88,7 @@ class MasterAdamW:
         self.adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
             if self.ema:
-                averages, masters = list(self.ema.values()), [m.detach() for m in self.masters.values()]
+                averages, masters = list(self.ema.values()), [m.detach().cpu() for m in self.masters.values()]
                 torch._foreach_lerp_(averages, masters, 1 - self.ema_decay)
             self._round_into_model()
 
@@ -112,5 +117,10 @@ class MasterAdamW:
     @torch.no_grad()
     def _round_into_model(self) -> None:
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
+            if parameter.dtype != torch.float32:
                 parameter.copy_(self.masters[name])
+
+
+def own_piece(weight: Tensor) -> Tensor:
+    """Of a weight or gradient that processes share: this process's piece, in the same memory. Else the tensor itself."""
+    return weight.detach().to_local() if hasattr(weight, "to_local") else weight

@@ -4,19 +4,28 @@ Each process holds all weights, computes the gradients of its rows, and adds the
 step. On a machine of few cores, processes of one thread each wait for each other once a step, where the threads of one
 process wait at every operation.
 
+What the trainer asks of its processes stands here as methods; `parallel/team.py` answers them for processes that share
+the weights and the experts too.
+
 Simplification: nothing is sharded, and every process prepares the whole batch.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dsv3_mini.train.optimizer import MasterAdamW
 
 PATIENCE = datetime.timedelta(minutes=30)  # how long the others wait while the first one evaluates and saves
 
@@ -45,14 +54,47 @@ class Replicas:
     def first(self) -> bool:
         return self.rank == 0
 
+    def divide(self, model: DeepSeekV3, dtype: torch.dtype) -> tuple[DeepSeekV3, dict[str, Tensor]]:
+        """The model as this process trains it, from the whole one in FP32; and the FP32 weights that were rounded for it."""
+        start = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return model.to(dtype), start
+
     def own_rows(self, rows: Shaped[Tensor, "b s"]) -> Shaped[Tensor, "own s"]:
         """This process's rows of a batch."""
         return rows[self.rank :: self.count]
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype by their sums over all processes, in one message."""
+    def own_parts(self, rows: Shaped[Tensor, "b s"], micro_batch: int) -> Sequence[Shaped[Tensor, "part s"]]:
+        """Its micro-batches of a batch."""
+        return self.own_rows(rows).split(micro_batch)
+
+    def before_micro_batch(self, model: DeepSeekV3, last: bool) -> None:
+        """Called before each micro-batch of a step."""
+
+    def sum_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Replace the gradients, by name, by their sums over the whole batch."""
+        self.add_up(list(gradients.values()))
+
+    def clip_gradients(self, optimizer: MasterAdamW, clip_norm: float) -> Float[Tensor, ""]:
+        """Scale the whole model's gradient down to a norm of at most `clip_norm`; returns the norm before."""
+        return optimizer.clip_gradients(clip_norm)
+
+    def whole(self, name: str, own: Tensor) -> Tensor | None:
+        """A weight, or what belongs to one, put together in the first process. All call this together."""
+        return own
+
+    def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint of what all processes hold. All call this together."""
+        if self.first:
+            save_checkpoint(run, step, tensors, state)
+
+    def load(self, folder: Path) -> Checkpoint:
+        """A checkpoint, as much of it as this process holds. All call this together."""
+        return load_checkpoint(folder)
+
+    def add_up(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+        """Replace tensors of one dtype by their sums over a group, by default all processes, in one message."""
         message = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(message)
+        dist.all_reduce(message, group=group)
         for tensor, total in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 

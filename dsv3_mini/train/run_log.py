@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ class RunLog:
     def write(self, line: dict[str, Any]) -> None:
         self.handle.write(json.dumps(line) + "\n")
         self.handle.flush()
+
+
+class NoLog(nullcontext):
+    """Where another process writes the log."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def write(self, line: dict[str, Any]) -> None: ...
 
 
 def _step_of(line: str) -> int | None:

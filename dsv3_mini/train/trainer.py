@@ -30,12 +30,12 @@ from dsv3_mini.errors import CheckpointError, ConfigError, UserError
 from dsv3_mini.files import write_text
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
-from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
+from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints
 from dsv3_mini.train.losses import training_losses
-from dsv3_mini.train.optimizer import MasterAdamW
+from dsv3_mini.train.optimizer import MasterAdamW, own_piece
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import ALONE, Replicas
-from dsv3_mini.train.run_log import RunLog
+from dsv3_mini.train.run_log import NoLog, RunLog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -119,12 +119,12 @@ class Trainer:
         if recipe.head_from_embedding:
             with torch.no_grad():
                 model.lm_head.weight.copy_(model.embed_tokens.weight)
-        start = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.model = model.to(DTYPES[recipe.precision])
+        self.model, start = replicas.divide(model, DTYPES[recipe.precision])
         self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stream = self._open_stream(round(recipe.context(0)))
         self.last_saved: Path | None = None
+        self._average: dict[str, Tensor] | None = None  # while observers evaluate
         found = checkpoints(folder)
         if found:
             self._resume(found[-1])
@@ -141,7 +141,9 @@ class Trainer:
         rows = self._next_rows(batch_size).to(self.device)
         _, all_targets = inputs_and_targets(rows, self.tokenizer.pad_id)
         counter, sums = LoadCounter(), torch.zeros(3, device=self.device)
-        for part in self.replicas.own_rows(rows).split(recipe.micro_batch):
+        parts = self.replicas.own_parts(rows, recipe.micro_batch)
+        for number, part in enumerate(parts, start=1):
+            self.replicas.before_micro_batch(self.model, last=number == len(parts))
             inputs, targets = inputs_and_targets(part, self.tokenizer.pad_id)
             losses = training_losses(self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets)
             self._require_finite(losses.total, "loss")
@@ -150,9 +152,10 @@ class Trainer:
             counter.add(losses.routing)
             sums += torch.stack([losses.main, losses.mtp, losses.balance])
         if self.replicas.count > 1:
-            self.replicas.add_up([*self.optimizer.gradients(resting=None if mtp_lambda else "mtp."), sums])
+            self.replicas.sum_gradients(self.optimizer.gradients(resting=None if mtp_lambda else "mtp."))
+            self.replicas.add_up([sums])
             self.replicas.add_up(list(counter.load.values()))
-        grad_norm = self.optimizer.clip_gradients(recipe.clip_norm)
+        grad_norm = self.replicas.clip_gradients(self.optimizer, recipe.clip_norm)
         self._require_finite(grad_norm, "gradient norm")
         self.optimizer.step(learning_rate)
         update_biases(self.model, counter.load, gamma)
@@ -171,12 +174,8 @@ class Trainer:
 
         What observers return when an evaluation is due is logged. Of several processes the first one writes and evaluates.
         """
-        if not self.replicas.first:
-            while self.tokens < self.recipe.total_tokens and not self.replicas.anyone(should_stop()):
-                self.train_step()
-            return self.tokens >= self.recipe.total_tokens
         observers = list(observers)
-        with RunLog(self.folder / "log.jsonl", self.step) as log:
+        with RunLog(self.folder / "log.jsonl", self.step) if self.replicas.first else NoLog() as log:
             while self.tokens < self.recipe.total_tokens and not self.replicas.anyone(should_stop()):
                 before = self.tokens
                 report = self.train_step()
@@ -186,7 +185,9 @@ class Trainer:
                     observer.on_step(report)
                 done = self.tokens >= self.recipe.total_tokens
                 if done or _crossed(before, self.tokens, self.recipe.evaluate_every):
+                    self._average = self.averaged_weights()
                     scores = {k: v for observer in observers for k, v in observer.evaluate(self).items()}
+                    self._average = None
                     log.write({"kind": "evaluation", "step": self.step, "tokens": self.tokens, **scores})
                     for observer in observers:
                         observer.on_evaluation(scores)
@@ -222,7 +223,7 @@ class Trainer:
     # ---- keeping it safe -------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment; several processes call this together."""
         tensors = self.optimizer.tensors()
         for router in routers(self.model):
             if router.e_score_correction_bias is not None:
@@ -235,11 +236,12 @@ class Trainer:
             "context": self.stream.seq_len,
             "stream": self.stream.state_dict(),
         }
-        self.last_saved = save_checkpoint(self.folder, self.step, tensors, state)
+        self.replicas.save(self.folder, self.step, tensors, state)
+        self.last_saved = self.folder / "checkpoints" / checkpoint_name(self.step)
         return self.last_saved
 
     def _resume(self, folder: Path) -> None:
-        checkpoint = load_checkpoint(folder)
+        checkpoint = self.replicas.load(folder)
         self.optimizer.load_tensors(checkpoint)
         for router in routers(self.model):
             bias = router.e_score_correction_bias
@@ -259,12 +261,21 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self.last_saved = folder
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average of the weights, whole; of several processes, which call this together, only in the first."""
+        own = self.optimizer.ema or {name: master.detach() for name, master in self.optimizer.masters.items()}
+        whole = {name: self.replicas.whole(name, piece) for name, piece in own.items()}
+        return whole if self.replicas.first else {}
+
     def averaged_model(self) -> DeepSeekV3:
-        """A copy of the model, in FP32, with the moving average of the weights and the biases of now."""
+        """A copy of the model, in FP32, with the moving average of the weights and the biases of now.
+
+        It takes `averaged_weights`, in which all processes must join, unless an observer asks, for whom they have.
+        """
+        weights = self._average or self.averaged_weights()
         with torch.device("meta"):
             model = DeepSeekV3(self.cfg)
         model = model.to_empty(device=self.device)
-        weights = self.optimizer.ema or self.optimizer.masters
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
@@ -328,6 +339,7 @@ def first_not_finite(model: DeepSeekV3, masters: dict[str, Tensor]) -> str:
             return f"weight {name}"
     for name, tensor in masters.items():
         gradient = tensor.grad if tensor.grad is not None else parameters[name].grad
+        gradient = None if gradient is None else own_piece(gradient)
         if gradient is not None and not torch.isfinite(gradient).all():
             return f"gradient of {name}"
     return "an activation (all weights and gradients are finite)"

@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 def backward(model: Net, step: int) -> None:
     random = torch.Generator().manual_seed(step)
-    x = torch.randn(16, 6, generator=random).to(model.norm.dtype)
+    x = torch.randn(16, 6, generator=random).to(model.norm)
     (model(x) - torch.randn(16, 3, 4, generator=random).to(x)).square().mean().backward()
 
 
@@ -170,21 +170,24 @@ def test_gradients_of_micro_batches_add_up_in_fp32() -> None:
 # ---- moving average --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moving_average_is_its_closed_formula(dtype: torch.dtype) -> None:
-    model, decay = Net().to(dtype), 0.8
+def test_moving_average_is_its_closed_formula(dtype: torch.dtype, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, decay = Net().to(device, dtype), 0.8
     optimizer = MasterAdamW(model, BETAS, DECAY, decay)
-    history = [{name: m.detach().double().clone() for name, m in optimizer.masters.items()}]
+    history = [{name: m.detach().double().cpu().clone() for name, m in optimizer.masters.items()}]
     for i in range(9):
         backward(model, i)
         optimizer.clip_gradients(1.0)
         optimizer.step(0.05)
-        history.append({name: m.detach().double().clone() for name, m in optimizer.masters.items()})
+        history.append({name: m.detach().double().cpu().clone() for name, m in optimizer.masters.items()})
     for name, average in optimizer.ema.items():
         expected = decay**9 * history[0][name]
         expected = expected + sum((1 - decay) * decay ** (9 - i) * history[i][name] for i in range(1, 10))
         torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
-        assert average.dtype == torch.float32 and not average.requires_grad
+        assert average.dtype == torch.float32 and not average.requires_grad and average.device.type == "cpu"
 
 
 def test_no_average_is_kept_where_none_is_wanted() -> None:

@@ -1,0 +1,57 @@
+"""dsv3 train in processes that share weights and experts: the same run, and the same files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dsv3_mini.cli import main
+
+WORDS = "--preset nano --tokens 1280 --threads 1 --judge 0 --mixture sums"
+
+
+def train(folder: Path, *command: str) -> list[dict]:
+    words = [sys.executable, "-m", *command, *WORDS.split(), "--out", str(folder)]
+    done = subprocess.run(words, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_torchrun_and_a_layout_give_the_run_of_one_process(tmp_path: Path) -> None:
+    one = train(tmp_path / "one", "dsv3_mini.cli", "train")
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dsv3_mini.train"]
+    two = train(tmp_path / "two", *torchrun, "--layout", "dp_shard=2,ep=2,recompute")
+    assert [line["kind"] for line in two] == [line["kind"] for line in one]
+    assert sum(line["kind"] == "step" for line in one) >= 4
+    for a, b in zip(one, two, strict=True):
+        assert b["tokens"] == a["tokens"]
+        if a["kind"] == "evaluation":
+            assert b["validation_loss"] == pytest.approx(a["validation_loss"], abs=2e-4)  # logged in four digits
+        else:
+            assert b["loss"] == pytest.approx(a["loss"], rel=2e-5) and b["load"] == a["load"]
+    weights = [load_file(next((tmp_path / name / "model").glob("*.safetensors"))) for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert (weights[1][name].float() - weight.float()).abs().max() < 2e-3, name  # a BF16 step at 0.25
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("dp_shard=2,ep=3", "ep = 3 must divide dp_shard"),
+        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, recompute, once, and"),
+        ("recompute=1", "'recompute=1' must be one of"),
+        ("ep=2,ep=2", "'ep=2' must be one of"),
+        ("shard=2", "'shard=2' must be one of"),
+        ("dp_shard=3,zero=1", "the plan is for 3 processes (pp 1 x dp_replicate 1 x dp_shard 3 x tp 1), but 2 were started"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_does_not_fit_is_one_line(layout: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--preset", "nano", "--processes", "2", "--layout", layout]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("dsv3 train: ") and said in complaint and complaint.count("\n") == 1
