@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from nano_runs import NANO, interrupted, nano_recipe, small_tokenizer
+from ranks import together
 from safetensors.torch import load_file
-from torch.multiprocessing import start_processes
 
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.train.replicas import Replicas
@@ -64,16 +63,14 @@ def test_more_processes_than_rows_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def all_hear_of_it(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def all_hear_of_it(rank: int, folder: Path) -> None:
     replicas = Replicas(rank, 2)
     assert [replicas.anyone(flag) for flag in (False, rank == 1, rank == 0, True)] == [False, True, True, True]
-    replicas.leave()
 
 
 def test_all_stop_when_one_is_told_to(tmp_path: Path) -> None:
     """Ctrl-C comes to one process a step earlier than to the other, or to one alone."""
-    start_processes(all_hear_of_it, (str(tmp_path / "store"),), nprocs=2)
+    together(2, all_hear_of_it, tmp_path)
     assert Replicas().anyone(True) and not Replicas().anyone(False)
 
 
