@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="a rank file in tiktoken's form (default: the one that ships)"
     )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of weights and activations; masters stay FP32")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp8"], help="of weights and activations; masters stay FP32"
+    )
     parser.add_argument("--micro-batch", type=whole(1), help="sequences at a time: lower it where memory is short")
     parser.add_argument("--seed", type=whole(0), help="of weights and data (default: the recipe's)")
     parser.add_argument("--threads", type=whole(1, most=1024), help="CPU threads (default: torch's choice)")
@@ -125,7 +127,9 @@ def train(args: argparse.Namespace, cfg: ModelConfig, recipe: Recipe, replicas: 
             f"stopped after step {trainer.step} ({trainer.tokens:,} tokens), saved: the same command goes on from here"
         )
         return 0
-    save_pretrained(trainer.averaged_model(), model_folder, overwrite=model_folder.exists())
+    # An FP8 run ends as the released model is stored.
+    stored = torch.float8_e4m3fn if recipe.precision == "fp8" else torch.bfloat16
+    save_pretrained(trainer.averaged_model(), model_folder, stored, overwrite=model_folder.exists())
     tokenizer.save(model_folder / TOKENIZER_FILE)
     draw_log(folder)
     print(f"trained: {model_folder}; try `dsv3 sample --model {folder}` and `dsv3 eval --model {folder}`")
