@@ -63,7 +63,8 @@ def test_scores_are_what_the_model_does(scores: dict) -> None:
     """40 of the questions again. A share p of 40 lies within 4 standard errors of the recorded one, or the record is of
     another model."""
     model, tokenizer = from_pretrained(TINY).eval(), Tokenizer.shipped()
-    measured = judge_model(model, tokenizer, samples=40, questions=40, temperature=1.0, seed=1)
+    temperature = scores["judged"]["temperature"]
+    measured = judge_model(model, tokenizer, samples=40, questions=40, temperature=temperature, seed=1)
     for name in ("well_formed", "story_answers", "sum_answers"):
         recorded = scores["judged"][name]
         tolerance = 4 * max(recorded * (1 - recorded), 0.01) ** 0.5 / 40**0.5

@@ -3,7 +3,8 @@
 One model, one machine, one run, in turns, FP32. Each side does a whole optimizer step, as its users run it:
 
     ours           Trainer.train_step, one micro-batch: cross-entropy and balance loss, backward, clip at 1.0, fused
-                   AdamW, the moving average of the weights, the gate biases, the report of the step
+                   AdamW, the moving average of the weights, the gate biases, the report of the step; freed memory
+                   is kept between steps (train/allocator.py)
     transformers   DeepseekV3ForCausalLM from the same folder: model(input_ids, labels=...), loss.backward(), clip at 1.0,
                    torch.optim.AdamW(model.parameters()), zero_grad; no balance loss, no moving average, no biases
 
@@ -166,12 +167,14 @@ def _verdict(met: bool) -> str:
 
 
 def our_step(folder: str, batch: int, context: int) -> Step:
-    """`Trainer.train_step` itself, on rows that are here already."""
+    """`Trainer.train_step` itself, on rows that are here already, in a process set up as `dsv3 train` sets it up."""
     from dsv3_mini.hub.names import released_tensors
+    from dsv3_mini.train.allocator import keep_freed_memory
     from dsv3_mini.train.recipe import Recipe
     from dsv3_mini.train.schedules import constant
     from dsv3_mini.train.trainer import Trainer
 
+    keep_freed_memory()
     weights = from_pretrained(folder)
     cfg = weights.cfg
     rows = _Rows(cfg.vocab_size, batch, context)

@@ -10,6 +10,7 @@ from dsv3_mini.data.stream import MIXTURE, held_out_rows
 from dsv3_mini.errors import DataError
 from dsv3_mini.evaluate.bits_per_byte import held_out_loss
 from dsv3_mini.evaluate.judged import JUDGED_CONTEXT, judge_model
+from dsv3_mini.inference.generate import TEMPERATURE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=whole(0), default=200, help="judged samples and questions; 0 judges none (default: 200)"
     )
-    parser.add_argument("--temperature", type=number(0), default=1.0, help="of the judged samples (default: 1)")
+    parser.add_argument(
+        "--temperature", type=number(0), default=TEMPERATURE, help=f"of the judged samples (default: {TEMPERATURE})"
+    )
     parser.add_argument("--seed", type=whole(0), default=0, help="of the judged samples (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

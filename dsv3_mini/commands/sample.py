@@ -8,7 +8,7 @@ import torch
 
 from dsv3_mini.commands.flags import add_model, number, read_model, whole
 from dsv3_mini.errors import DataError
-from dsv3_mini.inference.generate import stream
+from dsv3_mini.inference.generate import TEMPERATURE, stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt", nargs="?", default="", help="text to go on from (default: nothing, a new text begins)"
     )
     parser.add_argument("--max-new-tokens", type=whole(1), default=200, help="at most so many tokens (default: 200)")
-    parser.add_argument("--temperature", type=number(0), default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument(
+        "--temperature", type=number(0), default=TEMPERATURE,
+        help=f"0 takes the likeliest token (default: {TEMPERATURE})",
+    )  # fmt: skip
     parser.add_argument("--seed", type=whole(0), help="for the same text again (default: another one each time)")
 
 

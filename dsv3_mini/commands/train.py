@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, number, read_config, whole
 from dsv3_mini.config import ModelConfig
@@ -24,6 +27,7 @@ from dsv3_mini.evaluate.observer import Validation
 from dsv3_mini.hub import save_pretrained
 from dsv3_mini.ledger import count_parameters
 from dsv3_mini.machine import memory
+from dsv3_mini.train.allocator import keep_freed_memory
 from dsv3_mini.train.display import Display
 from dsv3_mini.train.recipe import PRESETS as RECIPES
 from dsv3_mini.train.recipe import Recipe
@@ -61,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=whole(1, most=1024), default=1, help="share each batch among so many processes (default: 1)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--judge", type=whole(0), default=32, help="samples to judge at each evaluation (default: 32)")
+    parser.add_argument("--judge", type=whole(0), default=16, help="samples to judge at each evaluation (default: 16)")
     parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
 
 
@@ -71,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     require_memory(cfg, args.device)
     if args.processes > 1 and not torch.distributed.is_torchelastic_launched():
         return start_processes(args.processes)
+    if args.device == "cpu":
+        keep_freed_memory()
     with cpu_threads(args.threads):
         replicas = Replicas.from_environment()
         try:
@@ -80,9 +86,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def start_processes(count: int) -> int:
-    """This same command in `count` processes, by torchrun; their exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return subprocess.run([*command, "-m", "dsv3_mini.cli", *sys.argv[1:]]).returncode
+    """This same command in `count` processes, by torch's launcher; the exit code of the first that fails, or 0.
+
+    The first process speaks for all; the launcher's own report of a failure would bury its line.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    launch = elastic_launch(
+        LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            max_restarts=0, logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
+        ),
+        sys.executable,
+    )  # fmt: skip
+    try:
+        launch("-m", "dsv3_mini.cli", *sys.argv[1:])
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if rank:
+            print(f"dsv3 train: process {rank} failed with exit code {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode
+    except SignalException:  # Ctrl-C went on to the processes, which have saved and said so
+        pass
+    return 0
 
 
 def train(args: argparse.Namespace, cfg: ModelConfig, recipe: Recipe, replicas: Replicas) -> int:

@@ -179,6 +179,9 @@ def _spots(text: str) -> list[str]:
 INDOOR_SPOTS = _spots(_INDOOR_SPOTS)
 OUTDOOR_SPOTS = _spots(_OUTDOOR_SPOTS)
 
+SPOT_NOUNS = sorted({spot.split()[2] for spot in INDOOR_SPOTS + OUTDOOR_SPOTS})
+SPOT_LOOKS = words("big clean dark dirty dusty heavy huge large narrow new old ordinary plain small strange ugly")
+
 # ---- promises --------------------------------------------------------------------------------------------------------
 
 TASKS = words("""bake:bread bake:pastries brush:horses brush:pony build:bonfire build:snowman call:grandmother call:uncle
@@ -272,7 +275,8 @@ CATEGORIES: dict[str, list[str]] = {
     "air_thing": AIR_THINGS, "air_feel": AIR_FEELS, "street": STREETS, "street_mood": STREET_MOODS, "smell": SMELLS,
     "dish": MEALS_TOGETHER, "weather": WEATHERS, "daytime": DAYTIMES, "month": MONTHS, "weekday": WEEKDAYS,
     "season": SEASONS, "meal": MEALS, "event": EVENTS, "went": MOVES, "manner": MANNERS, "day_kind": DAY_KINDS,
-    "song": SONGS, "song_kind": SONG_KINDS,
+    "song": SONGS, "song_kind": SONG_KINDS, "spot_noun": SPOT_NOUNS, "spot_look": SPOT_LOOKS, "worker": JOBS,
+    "adj": ADJECTIVES,
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Story:
     """`text` is the whole document, from the opening to the last answer.
 
     `question` and `answer` are the last of its questions and that one's answer, and `kind`, a key of `QUESTION_SHARES`,
-    is theirs. Up to two questions of other kinds stand before it, with their answers.
+    is theirs. Up to three questions of other kinds stand before it, with their answers.
     """
 
     text: str

@@ -14,6 +14,9 @@ Slots:
     spot          a hiding place ("under the bench")
     loc           either of at and spot
     task          what is promised ("feed the goats")
+    spot_noun     what a hiding place is named after ("bench"), told before
+    worker        a job that somebody in the story has ("baker")
+    adj an_adj    what a thing was introduced as ("copper"), bare or with its article
     an_X An_X     a word of category X with its article
     X             a word of category X (`lexicon.CATEGORIES`)
 """
@@ -159,6 +162,12 @@ _PLOT: dict[str, tuple[str, ...]] = {
     "promise_to": ("{a} promised {b} to {task}.", "{a} made {b} a promise to {task}."),
     "thanks": ("{a} thanked {b}.", "{a} {manner} thanked {b}.", "{a} said thank you to {b}."),
     "talk": ("{a} and {b} talked about {topic}.", "{a} told {b} a story about {topic}."),
+    # what comes back to a word just told: with it a small model learns to copy words of every sort, not names alone
+    "place": ("The {to} was {street_mood}.", "It was {street_mood} {at}.", "The {to} smelled of {smell}."),
+    "spot": ("The {spot_noun} looked {spot_look}.", "The {spot_noun} seemed {spot_look}."),
+    "look": ("Nobody else had {an_adj} {o}.", "It was the only {adj} {o} for miles."),
+    "plan": ("{a} wanted to {task} at once.", "{a} had to {task} soon."),
+    "worker": ("The {worker} was {feeling}.", "The {worker} looked {feeling}."),
     # what changes nothing
     "bond": ("{a} and {b} were {bond_kind} {bonds}.", "{a} and {b} had been {bonds} for {number} years."),
     "feel": (

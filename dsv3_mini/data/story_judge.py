@@ -91,7 +91,7 @@ _CROWDS = frozenset({"open_both", "go_both", "bond", "talk"})  # no single subje
 def _read_body(sentences: list[str]) -> list[Reading]:
     """All sentences before the question, read, in order and with nothing mentioned before it is introduced."""
     readings: list[Reading] = []
-    known: set[str] = set()
+    known: set[str] = set()  # people, things, jobs, places and what hiding places are named after
     subject: str | None = None
     for number, sentence in enumerate(sentences):
         try:
@@ -109,9 +109,12 @@ def _read_body(sentences: list[str]) -> list[Reading]:
         slots = reading.slots
         if opens or reading.kind.startswith("meet"):
             known.update(slots[slot] for slot in "ab" if slot in slots)
-        for slot in ("a", "b", "o", "q"):
-            if slot in slots:
-                _require(slots[slot] in known, f"{slots[slot]!r} has not been introduced: {sentence!r}")
+        recalled = [slots[slot] for slot in ("a", "b", "o", "q", "spot_noun", "worker") if slot in slots]
+        where = [slots[slot].rsplit(" ", 1)[-1] for slot in ("at", "to", "spot", "loc") if slot in slots]
+        for word in recalled + (where if reading.kind == "place" else []):
+            _require(word in known, f"{word!r} has not been introduced: {sentence!r}")
+        known.update(where)
+        known.update(filter(None, [slots.get("job")]))
         if "new" in slots:
             noun = slots["new"].split(" ")[1]
             _require(noun not in known, f"a second {noun!r} is introduced: {sentence!r}")
@@ -274,7 +277,12 @@ class _World:
                     self._together(a, b)
                 if "task" in slots:
                     self.promises.append((a, slots["task"]))
-            case "job" | "bond" | "feel" | "feel_he" | "scene" | "end":
+            case "look":
+                adjective = slots["adj"]
+                _require(self.looks[thing] == adjective, f"the {thing} is {self.looks[thing]}, not {adjective}")
+            case "plan":
+                _require((a, slots["task"]) in self.promises, f"{a} did not promise to {slots['task']}")
+            case "job" | "place" | "spot" | "worker" | "bond" | "feel" | "feel_he" | "scene" | "end":
                 pass
             case kind:
                 raise AssertionError(f"the judge does not know what {kind!r} does")

@@ -151,7 +151,7 @@ def _check(matcher: _Matcher, words: tuple[str, ...]) -> Reading:
         if slot in ("he", "his", "He"):
             gendered.append(_PRONOUN_GENDER[word])
             continue
-        name = {"New": "new", "an_job": "job"}.get(slot, slot)
+        name = {"New": "new", "an_job": "job", "an_adj": "adj"}.get(slot, slot)
         slots[name] = _check_word(slot, word)
     people = [slots[slot] for slot in "abc" if slot in slots]
     _need(len(set(people)) == len(people), f"{people[-1] if people else ''} stands in two roles")

@@ -21,7 +21,8 @@ Word = TypeVar("Word")
 # Without questions and answers; a plot's own sentences may ask for one more. Short stories teach a small model soonest
 # that what was named comes back: there, less else stands between a name and its return.
 MIN_SENTENCES, MAX_SENTENCES = 3, 8
-MAX_QUESTIONS = 3
+RECALLED = 0.6  # how often a sentence is followed by one that comes back to a place, a look, a task or a job in it
+MAX_QUESTIONS = 4
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
 
@@ -70,6 +71,26 @@ def _draw(rng: random.Random, slot: str, drawn: set[str]) -> str:
         word = f"{lexicon.article(word)} {word}"
         word = word.capitalize() if head == "An" else word
     return word
+
+
+def _recalls(slots: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Sentences that come back to what stands in the slots of another, as kinds and slots."""
+    where = slots.get("to") or slots.get("at") or slots.get("spot") or slots.get("loc")
+    if where:
+        noun = where.rsplit(" ", 1)[-1]
+        if noun in lexicon.PLACE_PREPOSITIONS:
+            yield "place", {"to": noun, "at": lexicon.at(noun)}
+    for phrase in filter(None, (slots.get("spot"), slots.get("loc"))):
+        noun = phrase.rsplit(" ", 1)[-1]
+        if noun not in lexicon.PLACE_PREPOSITIONS:
+            yield "spot", {"spot_noun": noun}
+    if "new" in slots:
+        article, adjective, thing = slots["new"].split(" ")
+        yield "look", {"o": thing, "adj": adjective, "an_adj": f"{article} {adjective}"}
+    if "task" in slots:
+        yield "plan", {"a": slots["a"], "task": slots["task"]}
+    if "an_job" in slots:
+        yield "worker", {"worker": slots["an_job"].split(" ")[1]}
 
 
 _THINGS: list[tuple[str, list[str] | None]] = [
@@ -411,9 +432,15 @@ class Teller:
         self.say("end", a=self.told[-1].latest or self.people[-1])
         asides: dict[int, str] = {}
         target = self.rng.randint(MIN_SENTENCES, MAX_SENTENCES)
+        for position in pauses:
+            recalls = list(_recalls(self.told[position - 1].slots))
+            if recalls and self.chance(RECALLED):
+                kind, slots = self.rng.choice(recalls)
+                asides[position] = _render(self.rng, kind, slots, slots.get("a", ""))
         while pauses and len(self.told) + len(asides) < target:
             position = pauses.pop()
-            asides[position] = self._aside(self.told[position - 1])
+            if position not in asides:
+                asides[position] = self._aside(self.told[position - 1])
         text: list[str] = []
         for position, told in enumerate(self.told):
             if position in asides:

@@ -28,10 +28,12 @@ SUM_TOKENS = 80
 class JudgedScores:
     """Shares from 0 to 1 of `samples` free samples and `questions` held-out questions of each kind.
 
+    temperature: that of the samples; questions are answered greedily.
     problems: what was wrong with the first few samples that are not well-formed.
     """
 
     samples: int
+    temperature: float
     sentences_well_formed: float
     a_sentence: str | None
     well_formed: float
@@ -70,6 +72,7 @@ def judge_model(
     summed = [sums.is_right(problem, tokenizer.decode(ids)) for problem, ids in zip(problems, worked, strict=True)]
     return JudgedScores(
         samples=samples,
+        temperature=temperature,
         sentences_well_formed=sentences,
         a_sentence=a_sentence,
         well_formed=_share(v.well_formed for v in verdicts),

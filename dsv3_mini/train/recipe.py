@@ -130,26 +130,25 @@ def tiny() -> Recipe:
     """
     million = 1e6
     return Recipe(
-        total_tokens=20_000_000,
+        total_tokens=13_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.15 * million, 0.0, 2.4e-3),
-                Piece(9.0 * million, 2.4e-3, 2.4e-3),
-                Piece(18.8 * million, 2.4e-3, 1.2e-4, "cosine"),
-                Piece(19.4 * million, 1.2e-4, 1.2e-4),
-                Piece(20.0 * million, 4e-5, 4e-5),
+                Piece(6.0 * million, 2.4e-3, 2.4e-3),
+                Piece(12.2 * million, 2.4e-3, 1.2e-4, "cosine"),
+                Piece(12.6 * million, 1.2e-4, 1.2e-4),
+                Piece(13.0 * million, 4e-5, 4e-5),
             ),
         ),
-        batch_size=Schedule("batch_size", (Piece(10.0 * million, 8, 16),)),
-        context=constant("context", 176),
-        gamma=steps("gamma", 0.005, (9.0 * million, 0.002), (18.8 * million, 0.0005), (19.4 * million, 0.0)),
-        mtp_lambda=steps("mtp_lambda", 0.0, (15.0 * million, 0.3), (18.8 * million, 0.1)),
+        batch_size=Schedule("batch_size", (Piece(7.0 * million, 8, 16),)),
+        context=constant("context", 208),
+        gamma=steps("gamma", 0.005, (6.0 * million, 0.002), (12.2 * million, 0.0005), (12.6 * million, 0.0)),
+        mtp_lambda=steps("mtp_lambda", 0.0, (10.0 * million, 0.3), (12.2 * million, 0.1)),
         alpha=1e-3,
         head_from_embedding=True,
         mixture={"stories": 0.76, "sums": 0.12, "code": 0.06, "prose": 0.06},
         log_every=20,
-        evaluate_every=500_000,
     )
 
 

@@ -22,7 +22,7 @@ from dsv3_mini.data.stories import (
 )
 from dsv3_mini.data.story_grammar import TEMPLATES
 from dsv3_mini.data.story_judge import judge_story, well_formed_sentence
-from dsv3_mini.data.story_reader import all_readings, read_question
+from dsv3_mini.data.story_reader import all_readings, read_question, read_sentence
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_stories_are_rich_in_words_and_of_many_lengths(train: list[Story]) -> No
     words = {word.strip(".,?").lower() for story in train for word in story.text.split()}
     assert len(words) >= 1200
     lengths = sorted(len(story.text.split()) for story in train)
-    assert lengths[0] >= 20 and lengths[-1] <= 150
-    assert lengths[len(lengths) // 10] < 55 and lengths[-len(lengths) // 10] > 75, "some are short, some are long"
-    assert all(3 <= len(sentences_of(story.text)) <= 14 for story in train)
+    assert lengths[0] >= 20 and lengths[-1] <= 200
+    assert lengths[len(lengths) // 10] < 65 and lengths[-len(lengths) // 10] > 110, "some are short, some are long"
+    assert all(3 <= len(sentences_of(story.text)) <= 24 for story in train)
 
 
 @pytest.mark.parametrize("exponent", [lexicon.PASSING, lexicon.RETURNING])
@@ -116,9 +116,9 @@ def test_answers_are_sentences_that_say_a_short_span_of_the_story(some: list[Sto
             assert 1 <= len(said(answer).split()) <= 4
 
 
-def test_a_story_asks_one_to_three_questions_each_of_another_kind(train: list[Story]) -> None:
+def test_a_story_asks_one_to_four_questions_each_of_another_kind(train: list[Story]) -> None:
     counts = Counter(story.text.count("\nQuestion: ") for story in train)
-    assert set(counts) == {1, 2, 3} and min(counts.values()) > 0.2 * len(train)
+    assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 0.1 * len(train)
     for story in train[:4000]:
         kinds = [read_question(line.removeprefix("Question: ")).kind for line in story.text.split("\n")[1::2]]
         assert len(set(kinds)) == len(kinds) and kinds[-1] == story.kind
@@ -196,6 +196,7 @@ def test_things_places_spots_and_animals_share_no_word() -> None:
         spots,
         set(lexicon.ANIMALS),
         set(lexicon.ADJECTIVES),
+        set(lexicon.JOBS),
     ]
     assert all(not one & other for one, other in itertools.combinations(kinds, 2))
     assert not set(lexicon.GIRLS) & set(lexicon.BOYS)
@@ -262,6 +263,39 @@ def test_every_answer_of_a_story_must_be_right() -> None:
         assert verdict.consistent and verdict.answer_right is False
 
 
+def test_what_was_told_comes_back() -> None:
+    lines = [
+        "Last Monday, Omar, a baker, was on the roof.",
+        "The baker looked tired.",
+        "It was quiet on the roof.",
+        "Omar had a red kite.",
+        "It was the only red kite for miles.",
+        "Omar promised to feed the goats.",
+        "Omar wanted to feed the goats at once.",
+        "Omar hid the kite behind the chest.",
+        "The chest seemed heavy.",
+        "It had been an exciting day.",
+    ]
+    verdict = judge_story(document(lines, "Where is the kite?", "The kite is behind the chest."))
+    assert verdict.answer_right, verdict.problem
+
+
+def test_only_what_the_sentence_before_told_comes_back(some: list[Story]) -> None:
+    """Half of all places, and of all hiding places: there a model learns to copy words that are no names."""
+    slots = {"place": ("to", "at"), "spot": ("spot_noun",), "look": ("o", "adj"), "plan": ("task",), "worker": ("worker",)}
+    count: Counter[str] = Counter()
+    for story in some[:1000]:
+        sentences = sentences_of(story.text)
+        for before, sentence in itertools.pairwise(sentences):
+            reading = read_sentence(sentence)
+            for slot in slots.get(reading.kind, ()):
+                assert reading.slots.get(slot, "").split(" ")[-1] in before, (before, sentence)
+            count[reading.kind] += 1
+            count["told"] += bool(re.search(r" to the \w+\.$| (?:in|on|at|under|behind) the \w+\.$", before))
+    assert count["place"] + count["spot"] > 0.4 * count["told"]
+    assert min(count[kind] for kind in slots) > 20
+
+
 def test_trade_promise_and_work_written_by_hand() -> None:
     lines = [
         "Last Monday, Omar, a baker, was on the roof.",
@@ -306,6 +340,10 @@ MALFORMED = {
     "person never introduced": (4, "Nora went to the garden.", "'Nora' has not been introduced"),
     "thing introduced twice": (3, "Tom had a red lantern.", "a second 'lantern'"),
     "one person in two roles": (3, "Mira gave the lantern to Mira.", "two roles"),
+    "place never named": (3, "The cellar was quiet.", "'cellar' has not been introduced"),
+    "place never named, where it is": (3, "It was quiet in the cellar.", "'cellar' has not been introduced"),
+    "hiding place never named": (3, "The stove looked old.", "'stove' has not been introduced"),
+    "job never named": (3, "The baker was tired.", "'baker' has not been introduced"),
     "no full stop": (3, "She felt happy", "no such sentence"),
     "lower case": (4, "mira went to the garden.", "no such sentence"),
 }
@@ -363,6 +401,8 @@ BROKEN = {
     "seen from afar": (None, (6, "Mira saw the lantern in the drawer."), "does not lie in the drawer by Mira"),
     "is elsewhere": (None, (5, "Meanwhile, Mira was waiting in the cellar."), "Mira is elsewhere"),
     "given back to a stranger": (None, (2, "Mira gave the lantern back to Tom."), "Tom never had the lantern"),
+    "another look": (None, (3, "Nobody else had a brass lantern."), "the lantern is copper, not brass"),
+    "a plan without a promise": (None, (3, "Mira had to feed the goats soon."), "did not promise to feed the goats"),
     "sought in hand": (None, (2, "Mira looked for the lantern."), "Mira has the lantern"),
 }
 

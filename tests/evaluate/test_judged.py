@@ -78,7 +78,7 @@ def test_a_writer_that_is_always_right_scores_everything(monkeypatch: pytest.Mon
     scores = scores_of(writer, monkeypatch)
     first = stories.generate_story(stories.HELD_OUT_SEED, 0).text
     assert scores.a_sentence is not None and first.startswith(scores.a_sentence)
-    assert scores == JudgedScores(COUNT, 1.0, scores.a_sentence, 1.0, 1.0, 1.0, COUNT, 1.0, 1.0, [])
+    assert scores == JudgedScores(COUNT, 0.7, 1.0, scores.a_sentence, 1.0, 1.0, 1.0, COUNT, 1.0, 1.0, [])
     assert [(kind, tokens, t) for kind, _, tokens, t in writer.asked] == [
         ("sample", STORY_TOKENS, 0.7),
         ("question", ANSWER_TOKENS, 0.0),  # answers are greedy

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,21 +22,13 @@ from dsv3_mini.train.trainer import Trainer
 TOKENS = 4096
 
 
+def command(folder: Path, processes: int, tokens: int = TOKENS) -> list[str]:
+    words = f"-m dsv3_mini.cli train --preset nano --tokens {tokens} --threads 1 --judge 0 --processes {processes}"
+    return [sys.executable, *words.split(), "--out", str(folder)]
+
+
 def train(folder: Path, processes: int) -> list[dict]:
-    command = [
-        sys.executable,
-        "-m",
-        "dsv3_mini.cli",
-        "train",
-        "--preset",
-        "nano",
-        "--tokens",
-        str(TOKENS),
-        "--threads",
-        "1",
-    ]
-    command += ["--judge", "0", "--processes", str(processes), "--out", str(folder)]
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    subprocess.run(command(folder, processes), check=True, timeout=300, capture_output=True)
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -67,3 +62,31 @@ def test_more_processes_than_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size = 4 cannot be shared among 5 processes"):
         Trainer(tmp_path / "run", NANO, nano_recipe(batch=4), small_tokenizer(), replicas=Replicas(0, 5))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_is_said_once_and_in_one_line(tmp_path: Path) -> None:
+    """Not once a process, and without the launcher's report: a mistake that is only found where the run begins."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.json").write_text("{}")
+    done = subprocess.run(command(folder, 2), timeout=300, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"dsv3 train: [^\n]*recipe\.json[^\n]*\n", done.stderr), done.stderr
+
+
+def test_ctrl_c_reaches_all_processes_and_they_save(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        command(folder, 2, tokens=2_000_000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while process.poll() is None and not (folder / "log.jsonl").exists():
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            printed, complaints = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert (process.returncode, complaints) == (0, "")
+    assert re.search(r"stopped after step \d+ .* saved: the same command goes on from here", printed)
+    assert list(folder.glob("checkpoints/*/state.json")) or list(folder.rglob("state.json"))

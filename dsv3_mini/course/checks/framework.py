@@ -201,7 +201,10 @@ def difference(got: Any, expected: Any, tolerance: float) -> str:
             got = got.item()
         if not isinstance(got, (int, float, np.number)):
             return f"it gave {_kind(got)}, and a number is wanted"
-        if (math.isnan(got) and math.isnan(expected)) or abs(got - expected) <= tolerance * max(1.0, abs(expected)):
+        # Infinity first: any number is within a share of it.
+        if got == expected or (math.isnan(got) and math.isnan(expected)):
+            return ""
+        if math.isfinite(expected) and abs(got - expected) <= tolerance * max(1.0, abs(expected)):
             return ""
         return f"it gave {got:.6g}, and {expected:.6g} is right"
     if isinstance(expected, Mapping):
@@ -237,6 +240,8 @@ def _tensor_difference(got: Any, expected: Tensor, tolerance: float) -> str:
         return f"its shape is {tuple(got.shape)}, and {tuple(expected.shape)} is right"
     if expected.dtype == torch.bool and got.dtype != torch.bool:
         return f"its dtype is {got.dtype}, and torch.bool is wanted"
+    if got.is_complex() and not expected.is_complex():
+        return "it gave complex numbers, and real ones are wanted"
     if expected.numel() == 0:
         return ""
     got, expected = got.detach().to(torch.complex128 if expected.is_complex() else torch.float64), expected.detach()

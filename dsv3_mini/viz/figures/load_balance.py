@@ -117,10 +117,10 @@ def player_figure(
         )
         _strip(strip, share, most)
         for colour, run, label in ((PLAIN, plain, "left alone"), (OWN, film, "this run")):
-            balance.plot(steps, run.max_vio[:, layer].numpy(), color=colour, label=label)
-            loss.plot(steps, run.loss.numpy(), color=colour)
+            balance.plot(steps, run.max_vio[:, layer].numpy(), color=colour)
+            loss.plot(steps, run.loss.numpy(), color=colour, label=label)
         balance.set_ylim(0, most - 1)
-        balance.legend(loc="upper right", ncols=2)
+        loss.legend(loc="upper right", ncols=2)  # a loss falls: here no line runs through the words
         loss.set(xlabel="step", ylim=losses, xlim=(0, steps[-1]))
         titles = ("Load of the whole run", "MaxVio (0 = even)", "Loss (nats per token)")
         for axes, title in zip((strip, balance, loss), titles, strict=True):

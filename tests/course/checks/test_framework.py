@@ -147,6 +147,7 @@ SAME = [
     ((1, "a"), [1, "a"]),
     ({"a": torch.ones(2)}, {"a": torch.ones(2)}),
     (True, True),
+    (math.inf, math.inf),
     (torch.polar(torch.ones(2), torch.ones(2)), torch.polar(torch.ones(2), torch.ones(2))),
 ]
 OTHER = [
@@ -158,6 +159,10 @@ OTHER = [
     (torch.ones(2, 1), torch.ones(2)),
     (torch.tensor([1, 0]), torch.tensor([True, False])),
     (3.1, 3.0),
+    (1.0, math.inf),
+    (-math.inf, math.inf),
+    (math.inf, 1.0),
+    (torch.polar(torch.ones(2), torch.zeros(2)), torch.ones(2)),
     ("3", 3.0),
     ((1, "b"), (1, "a")),
     ((1,), (1, 2)),
