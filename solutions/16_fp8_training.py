@@ -106,6 +106,7 @@ from torch import Tensor
 
 from dsv3_mini.course.checks import lesson_16 as check
 from dsv3_mini.course.lesson import same, show_source
+from dsv3_mini.fp8.formats import E4M3, power_of_two_at_least, round_to
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 1 · Re-tiling
@@ -127,10 +128,8 @@ from dsv3_mini.course.lesson import same, show_source
 # <details><summary>Hint 2</summary><code>reduce(..., "(n w) i -> n i", "max", w=w)</code> looks down a tile of
 # tokens.</details>
 
+
 # %%
-from dsv3_mini.fp8.formats import E4M3, power_of_two_at_least, round_to
-
-
 def retile_for_wgrad(q: Tensor, scale: Tensor, w: int) -> tuple[Tensor, Tensor]:
     """Codes [T i], scales [T j] of 1 x w tiles -> codes [T i], scales [n i] of w x 1 tiles, powers of two."""
     ### BEGIN SOLUTION: values from codes and scales; the new tiles' largest / 448, up to a power of two; codes anew
@@ -399,7 +398,7 @@ def package_kept(forward, x, weights):
     return sum(bytes_kept(lambda: forward(x, weights), weights).values())
 
 
-for name, layer in layers.items():
+for layer in layers.values():
     same(kept_bytes, package_kept, (through(layer), passing, list(layer.parameters())))
 
 # %%
@@ -416,10 +415,11 @@ assert ratio < 0.55
 kept_figure(kept, f"In FP8 the layer keeps {ratio:.0%} of what it keeps in BF16")
 
 # %% [markdown]
-# Where the rest comes from: what norms and residual stream keep stays BF16. What would be queries, keys and values of
-# all heads is built again from the latents in the backward pass, as the report does with the up-projections of
-# attention; half the saving is that. FP32 are the scales, and the router. The uint8 are pairs of E5M6 numbers, 12 bits
-# each, in three bytes.
+# Two savings in one. What the linears read is kept in 8 bits, or in 12 behind attention: E5M6 numbers, two of them in
+# three bytes. And queries, keys and values of all heads are not kept at all, but built again from the latents in the
+# backward pass, as the report does with the up-projections of attention. They are the FP32 of the upper bar: on a CPU
+# this course computes attention's core in FP32. (In BF16, as on a GPU, they would be half of that.) What norms and
+# residual stream keep stays BF16, and the router and all scales FP32.
 
 # %% [markdown] tags=["experiment"]
 # ## Experiment: does it learn as well?
@@ -428,8 +428,8 @@ kept_figure(kept, f"In FP8 the layer keeps {ratio:.0%} of what it keeps in BF16"
 # that? Perhaps because it stands much worse already. A batch is a sample of the text: the next one gives another
 # gradient. As long as rounding adds little to *that* noise, it should not matter.
 #
-# **What we expect.** On the trained tiny model, in each part of it: the gradient in 8 bits is off by more than a single
-# layer is (errors do pile up), but by less than a third of what two batches differ.
+# **What we expect.** On the trained tiny model, in each part of it: the gradient in 8 bits is off by more than in a single
+# layer (errors do pile up), but by less than half of what two batches differ.
 
 # %%
 from dsv3_mini.data.packing import inputs_and_targets
@@ -447,9 +447,9 @@ right, other = gradients(model, *first), gradients(model, *second)
 rounding = differences(right, gradients(twin, *first))
 batch = differences(right, other)
 worst = max(rounding[part] / batch[part] for part in rounding)
-print("off by more than 3% in every part:             ", all(value > 0.03 for value in rounding.values()))
-print("below a third of the batch's noise in each part:", worst < 1 / 3)
-assert worst < 1 / 3
+print("off by more than 5% in every part:             ", all(value > 0.05 for value in rounding.values()))
+print("below half of the batch's noise in every part: ", worst < 0.5)
+assert worst < 0.5
 
 # %%
 from dsv3_mini.viz.figures.fp8_training import noise_figure
@@ -459,8 +459,9 @@ noise_figure(rounding, batch, "Rounding is the smaller noise")
 # %% [markdown]
 # ### Two trainings
 #
-# Now the test that counts. The same first weights, the same text in the same order, the same optimizer; one model
-# computes in BF16 and the other in FP8. One step, for all kinds:
+# Now the test that counts. The same first weights, the same text in the same order, the same settings; one model
+# computes in BF16 and the other in FP8, with all that belongs to the recipe: E5M6, recomputation, Adam's moments in
+# BF16. One step, for all kinds:
 
 # %%
 from dsv3_mini.course.fp8_runs import training_steps
@@ -506,7 +507,10 @@ for way in ("FP32", "FP8"):
     print(f"{size}, {way} against BF16: at most {farthest:.2%}, {verdict} the report's {LINE:.2%}")
 
 # %% [markdown]
-# TUNE: what the table says.
+# Read FP8's lines beside FP32's. Nobody would say that FP32 computes too coarsely, and its losses part from BF16's all the
+# same, upwards with one seed and downwards with the next. What is of that size and of either sign is drift; harm would
+# be larger, or always on one side. More than that our runs cannot show. To see less than the drift takes what the report
+# had: longer runs, larger batches, larger models.
 
 # %% [markdown] tags=["interactive"]
 # ## The recorded runs, one by one
@@ -530,7 +534,7 @@ assert gaps.picture.value != before
 # Per-tensor scaling, E5M2 for gradients, square blocks in Dgrad: the report's choices are turned round one by one, and
 # at our size hardly any of them is missed. That is a finding too, and it has a reason. These models are small and young,
 # their numbers are tame, and floating-point numbers have range enough for tame ones. What the choices guard against
-# are the numbers of a large model after weeks: tokens whose gradient is a thousand times that of others.
+# are numbers that lie far apart, as those of a large model may after weeks.
 #
 # That can be staged on a single layer. Here one token in 64 is loud, in its activations and its gradient, and you say
 # how loud. Judged is the *median* token. Left the error of the three results, right what of that is not noise:
@@ -555,19 +559,34 @@ print("with the report's tiles they do not:   ", abs(report["dx (Dgrad)"].missin
 tame = {name: layer_errors(recipe) for name, recipe in ABLATIONS.items()}
 five = tame["E5M2 gradients"]["dx (Dgrad)"].error / tame["the report's"]["dx (Dgrad)"].error
 print("E5M2 gradients, no loud tokens: dx is off by more than 1.5 times as much:", five > 1.5)
-loud = {name: layer_errors(recipe, 1e6)["dx (Dgrad)"].error for name, recipe in ABLATIONS.items() if "promo" not in name}
-print("one token in 64 a million times as loud: off by less than 10% are", *[n for n, e in loud.items() if e < 0.1], sep="\n  ")
-lost = {name: tame[name]["dw (Wgrad)"].missing for name in ("the report's", "no promotion")}
-print("never promoted, dw is too small on average:", lost["no promotion"] > 10 * abs(lost["the report's"]))
+loud = {
+    name: layer_errors(recipe, 1e6)["dx (Dgrad)"].error for name, recipe in ABLATIONS.items() if "promo" not in name
+}
+print(
+    "one token in 64 a million times as loud: off by less than 10% are",
+    *[n for n, e in loud.items() if e < 0.1],
+    sep="\n  ",
+)
+never, promoted = (tame[name]["dw (Wgrad)"] for name in ("no promotion", "the report's"))
+print("never promoted, dw is smaller, but by less than 0.2%:", 0 < never.missing - promoted.missing < 0.002)
 
 # %% [markdown]
 # Three things to look for:
 #
-# - *Per-tensor scaling* works up to surprisingly loud tokens, and then fails altogether within a factor of a hundred. E4M3
-#   reaches from 448 down to 2⁻⁹: find the edge, and compute where it should be.
+# - *Per-tensor scaling* works up to surprisingly loud tokens, and then fails within a factor of a hundred. E4M3 reaches
+#   from 448 down to 2⁻⁹: find the edge, and compute where it should be. At a hundred thousand half of the result is error,
+#   and nothing is missing on average, since rounding to nearest is fair. At a million everything is 0.
 # - *E5M2 gradients* do not care how loud a token is, but are less exact all the time. That was the bargain before
 #   tiles: range for gradients, or precision. With a scale for each tile of 128 the range is not needed.
-# - *No promotion* adds little to the error, and nearly all of what it adds has one direction.
+# - *No promotion* can hardly be seen. Wgrad adds up 2,048 terms here, and what the tensor core cuts off is some
+#   hundredths of a percent of `dw`. That is less than one expects of a report that speaks of about 2%. But there it is
+#   the largest error of any one sum, of 4096 terms and without the errors of rounding; lesson 15 measured it. Here it is
+#   an average over all of `dw`. One thing is left to say for promotion: what is cut off always makes the result
+#   smaller.
+#
+# So square blocks in Dgrad do no harm on this layer until a token is some ten thousand times as loud as its neighbours. In
+# the report they made a 16B model diverge. Whether tokens are that far apart there, or whether much less is enough over
+# 300 billion tokens, a single layer cannot say.
 #
 # ## Find the bug
 #
@@ -678,7 +697,9 @@ bf16, fp8 = sum(2 * many for many, _ in rows.values()), sum(size * many for many
 # %%
 layers = count_parameters(large).moe_layers
 print(f"together {bf16 / 1e3:.0f} kB and {fp8 / 1e3:.0f} kB: {fp8 / bf16:.0%}")
-print(f"a sequence of 4096 tokens in {layers} layers: {bf16 * 4096 * layers / 1e9:.0f} GB and {fp8 * 4096 * layers / 1e9:.0f} GB")
+print(
+    f"a sequence of 4096 tokens in {layers} layers: {bf16 * 4096 * layers / 1e9:.0f} GB and {fp8 * 4096 * layers / 1e9:.0f} GB"
+)
 for weights in ("bf16", "fp8"):
     state = training_state(large, weights=weights)
     print(f"masters, gradients, moments, and weights in {weights}: {state.per_parameter:.1f} bytes a parameter")

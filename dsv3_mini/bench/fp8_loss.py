@@ -79,7 +79,10 @@ def run(preset: str = "tiny", steps: int = 300, threads: int | None = None) -> R
         with tempfile.TemporaryDirectory() as folder:
             trainers = {
                 name: Trainer(
-                    Path(folder) / name, cfg, recipe.replace(precision=precision), tokenizer,
+                    Path(folder) / name,
+                    cfg,
+                    recipe.replace(precision=precision),
+                    tokenizer,
                     open_stream=lambda _: _Reader(stream, drawn),
                 )  # fmt: skip
                 for name, precision in RUNS.items()

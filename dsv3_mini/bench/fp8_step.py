@@ -43,7 +43,7 @@ class Result:
 
 
 def run(
-    preset: str = "tiny", batch: int = 8, context: int = 176, rounds: int = 7, threads: int | None = None
+    preset: str = "tiny", batch: int = 8, context: int = 208, rounds: int = 7, threads: int | None = None
 ) -> Result:
     """Measure.
 

@@ -21,7 +21,7 @@ from dsv3_mini.fp8.formats import FloatFormat
 from dsv3_mini.fp8.quantize import TILE, quantize
 from dsv3_mini.model import DeepSeekV3
 
-OUTPUTS = 32  # rows and columns of the products whose sums are looked at: 1,024 sums
+OUTPUTS = 64  # rows and columns of the products whose sums are looked at: 4,096 sums
 WHOLE = (2**30, 2**30)  # a tile larger than any matrix: one scale for all of it
 WAYS: dict[str, tuple[int, int]] = {"one scale for all": WHOLE, "a scale per 1x128 tile": (1, TILE)}
 OPERANDS = {"normal": "normal, both signs", "positive": "the same without signs"}
@@ -76,12 +76,12 @@ def operands_of(
 # ---- the error of a scale ----------------------------------------------------------------------------------------------
 
 
-def relative_error(x: Float[Tensor, "..."], approximation: Float[Tensor, "..."]) -> float:
+def relative_error(x: Float[Tensor, "*shape"], approximation: Float[Tensor, "*shape"]) -> float:
     """The length of the error, divided by the length of x: 0 is exact, and all zeros for an approximation have 1."""
     return float((approximation - x).norm() / x.norm())
 
 
-def zeroed(x: Float[Tensor, "..."], approximation: Float[Tensor, "..."]) -> float:
+def zeroed(x: Float[Tensor, "*shape"], approximation: Float[Tensor, "*shape"]) -> float:
     """The share of x's numbers that became zero and were not."""
     there = x != 0
     return float((approximation[there] == 0).float().mean())
@@ -94,7 +94,7 @@ def with_outlier(size: float, row: int, column: int, rows: int = 8, columns: int
     return x
 
 
-def integers(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def integers(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """For comparison: x in 8-bit whole numbers, 127 equal steps to each side, under one scale."""
     scale = x.abs().max() / 127
     return torch.round(x / scale) * scale
@@ -117,13 +117,11 @@ def outlier_reach(sizes: Sequence[float], fmt: FloatFormat) -> dict[str, list[fl
 # ---- the error of adding up --------------------------------------------------------------------------------------------
 
 
-def sum_errors(
-    inner: int, promote_every: int | None, bits: int = 14, operands: str = "normal"
-) -> Float[Tensor, "m n"]:
+def sum_errors(inner: int, promote_every: int | None, bits: int = 14, operands: str = "normal") -> Float[Tensor, "m n"]:
     """How far sums of `inner` products are off on an emulated tensor core, each divided by the size that such sums have.
 
-    Two matrices of random numbers [32 inner], in E4M3 with the report's tiles, are multiplied by the emulation and exactly
-    (in FP64, the same FP8 numbers). The error of each of the 1,024 sums is divided by the root mean square of all sums: a
+    Two matrices of random numbers [64 inner], in E4M3 with the report's tiles, are multiplied by the emulation and exactly
+    (in FP64, the same FP8 numbers). The error of each of the 4,096 sums is divided by the root mean square of all sums: a
     single sum may happen to be next to zero, and its own size would then be no measure.
 
     Args:

@@ -197,7 +197,9 @@ def training_batches(size: str, steps: int, seed: int = 0) -> tuple[Batch, ...]:
 def held_out(size: str, model: DeepSeekV3) -> float:
     """The loss on stories and sums that training never reads, in nats per token."""
     tokenizer, context = tokenizer_of(size), round(SIZES[size].recipe.context(0))
-    rows = [held_out_rows(domain, tokenizer, context, SIZES[size].held_out_rows).tokens for domain in ("stories", "sums")]
+    rows = [
+        held_out_rows(domain, tokenizer, context, SIZES[size].held_out_rows).tokens for domain in ("stories", "sums")
+    ]
     return held_out_loss(model, torch.cat(rows), tokenizer.pad_id).per_token
 
 

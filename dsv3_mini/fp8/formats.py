@@ -27,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
@@ -116,18 +117,36 @@ def power_of_two_at_least(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return torch.where(x.isnan(), x, rounded.view(torch.float32))
 
 
+def encode_e5m6(x: Float[Tensor, "..."]) -> Int16[Tensor, "..."]:
+    """`encode(x, E5M6)` for FP32 numbers of at most 65024, ten times as fast; the sign of a zero is lost.
+
+    FP32 has no bits behind the 24th: adding 1.5 * 2^17 times a number's power of two leaves its first 7 bits, rounded half to
+    even, and taking the same away gives it back. What is then left of it fits half precision.
+    """
+    power = x.abs().clamp_(min=E5M6.smallest_normal).view(torch.int32).bitwise_and_(255 << 23).view(torch.float32)
+    shift = power.mul_(1.5 * 2.0 ** (23 - E5M6.mantissa_bits))
+    return ((x + shift).sub_(shift).half().view(torch.int16) >> 4).bitwise_and_(0xFFF)
+
+
+def decode_e5m6(codes: Int16[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`decode(codes, E5M6)`: half precision with four zeros behind."""
+    return (codes << 4).view(torch.float16).float()
+
+
 def pack_e5m6(codes: Int16[Tensor, "... n"]) -> UInt8[Tensor, "... three_halves_n"]:
     """Two codes of 12 bits in three bytes: aaaaaaaa bbbbaaaa bbbbbbbb, low bits first. n must be even."""
-    a, b = rearrange(codes, "... (n two) -> two ... n", two=2)
-    # A cast to a byte keeps the lowest eight bits.
-    three = [part.to(torch.uint8) for part in (a & 0xFF, (a >> 8) | ((b & 0xF) << 4), b >> 4)]
-    return rearrange(three, "three ... n -> ... (n three)")
+    pairs = codes.contiguous().view(torch.int32)  # b above 16 bits of a; below they close up to 12
+    joined = (pairs & 0xFFF) | ((pairs >> 4) & 0xFFF000)
+    four = rearrange(joined.view(torch.uint8), "... (n four) -> ... n four", four=4)
+    return rearrange(four[..., :3], "... n three -> ... (n three)")
 
 
 def unpack_e5m6(packed: UInt8[Tensor, "... three_halves_n"]) -> Int16[Tensor, "... n"]:
     """The codes that `pack_e5m6` packed."""
-    first, middle, last = rearrange(packed.to(torch.int16), "... (n three) -> three ... n", three=3)
-    return rearrange([first | ((middle & 0xF) << 8), (middle >> 4) | (last << 4)], "two ... n -> ... (n two)")
+    three = rearrange(packed, "... (n three) -> ... n three", three=3)
+    joined = F.pad(three, (0, 1)).view(torch.int32)
+    pairs = (joined & 0xFFF) | ((joined & 0xFFF000) << 4)
+    return rearrange(pairs.view(torch.int16), "... n two -> ... (n two)")
 
 
 # ---- codes and FP32's own bits -----------------------------------------------------------------------------------------

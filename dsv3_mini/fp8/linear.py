@@ -79,7 +79,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe, after_attention: bool) -> Tensor:
-        rows = recipe.activation(x, power_of_two=after_attention)
+        rows = recipe.activation(x)
         kept = recipe.after_attention(x) if after_attention else rows
         ctx.save_for_backward(kept.q, kept.scale, weight)
         ctx.kept_as, ctx.recipe = (kept.tile, kept.fmt, kept.columns), recipe
@@ -95,9 +95,7 @@ class _Linear(torch.autograd.Function):
         return dx, dw.to(weight.dtype), None, None
 
 
-def fprop(
-    x: Quantized, weight: Float[Tensor, "o i"], recipe: Fp8Recipe, dtype: torch.dtype
-) -> Float[Tensor, "T o"]:
+def fprop(x: Quantized, weight: Float[Tensor, "o i"], recipe: Fp8Recipe, dtype: torch.dtype) -> Float[Tensor, "T o"]:
     """y = x W^T."""
     return gemm(x, recipe.weight(weight), recipe.backend, dtype)
 

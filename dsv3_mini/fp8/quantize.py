@@ -29,7 +29,15 @@ from jaxtyping import Float, Int16
 from torch import Tensor
 
 from dsv3_mini.errors import ConfigError
-from dsv3_mini.fp8.formats import E4M3, FloatFormat, decode, encode, pack_e5m6, power_of_two_at_least, unpack_e5m6
+from dsv3_mini.fp8.formats import (
+    E4M3,
+    FloatFormat,
+    decode_e5m6,
+    encode_e5m6,
+    pack_e5m6,
+    power_of_two_at_least,
+    unpack_e5m6,
+)
 
 TILE = 128
 """The report's tile: it is also how often partial sums leave the tensor core, so that a scale meets them on their way."""
@@ -62,7 +70,13 @@ class Quantized:
 
     def numbers(self) -> Float[Tensor, "... r c"]:
         """q in FP32, not scaled."""
-        return self.q.float() if self.fmt.dtype else decode(self._codes(), self.fmt)
+        if not self.fmt.dtype:
+            return decode_e5m6(self._codes())
+        if self.q.is_cuda:
+            return self.q.float()
+        # A CPU converts FP8 one number at a time; a table of all 256 is seven times faster.
+        table = torch.arange(256, dtype=torch.uint8, device=self.q.device).view(self.q.dtype).float()
+        return table.index_select(0, self.q.view(torch.uint8).flatten().long()).view(self.q.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "... r c"]:
         """q * scale, computed in FP32, then rounded once to `dtype`."""
@@ -121,8 +135,8 @@ def quantize(
             here = power_of_two_at_least(here)
         scale[tiles] = rearrange(here, "... a 1 b 1 -> ... a b")
         scaled = rearrange(part / here, "... a p b q -> ... (a p) (b q)")
-        # torch's cast is `encode` (a test says so), and faster. Nothing here is beyond the largest number but NaN.
-        numbers[place] = scaled if fmt.dtype else encode(scaled, fmt)
+        # torch's cast is `formats.encode` (a test says so), and faster. Nothing here is beyond the largest number but NaN.
+        numbers[place] = scaled if fmt.dtype else encode_e5m6(scaled)
     return Quantized(numbers if fmt.dtype else _packed(numbers), scale, tile, fmt, columns)
 
 

@@ -36,7 +36,5 @@ def never_promoted_kernel(
 
 
 if __name__ == "__main__":
-    ahead.KERNELS["never_promoted"] = ahead.Kernel(
-        never_promoted_kernel, ahead.GEMM, {**BLOCKS, "TILE": TILE}, LAUNCH
-    )
+    ahead.KERNELS["never_promoted"] = ahead.Kernel(never_promoted_kernel, ahead.GEMM, {**BLOCKS, "TILE": TILE}, LAUNCH)
     ahead.main(Path(sys.argv[1]))

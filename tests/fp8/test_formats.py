@@ -14,7 +14,9 @@ from dsv3_mini.fp8.formats import (
     E8M0,
     FloatFormat,
     decode,
+    decode_e5m6,
     encode,
+    encode_e5m6,
     pack_e5m6,
     power_of_two_at_least,
     round_to,
@@ -153,6 +155,15 @@ def test_codes_keep_shape_and_type() -> None:
     assert encode(x, E4M3).dtype == encode(x, E5M2).dtype == encode(x, E8M0).dtype == torch.uint8
     assert encode(x, E5M6).dtype == torch.int16 and encode(x, E5M6).shape == x.shape
     assert torch.equal(decode(encode(x, E5M6), E5M6)[0, 1], round_to(x[0, 1], E5M6))
+
+
+def test_the_short_ways_of_e5m6_are_the_definition() -> None:
+    codes = every_code(E5M6)
+    same_bits(decode_e5m6(codes), decode(codes, E5M6))
+    x = hard_floats(E5M6).clamp(-E5M6.largest, E5M6.largest)
+    short, long = decode(encode_e5m6(x), E5M6), decode(encode(x, E5M6), E5M6)
+    same_bits(short + 0.0, long + 0.0)  # -0 + 0 is 0: a zero may have lost its sign
+    assert encode_e5m6(x).dtype == torch.int16 and x.isnan().any()
 
 
 # ---- power-of-two scales -----------------------------------------------------------------------------------------------

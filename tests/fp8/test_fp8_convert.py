@@ -57,7 +57,9 @@ def test_what_the_released_layout_stores_in_fp8_turns_and_nothing_else(queries: 
     assert kinds == {"Linear", "SwiGLU", "GroupedExperts", "MultiHeadLatentAttention"}
     for name in ("lm_head", "embed_tokens", "mtp.1.eh_proj", "layers.1.mlp.gate", "layers.0.input_layernorm"):
         assert name not in turned
-    behind = {name for name, module in model.named_modules() if isinstance(module, FP8Linear) and module.after_attention}
+    behind = {
+        name for name, module in model.named_modules() if isinstance(module, FP8Linear) and module.after_attention
+    }
     assert len(behind) == 5 and all(name.endswith("self_attn.o_proj") for name in behind)
 
 

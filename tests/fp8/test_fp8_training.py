@@ -213,5 +213,3 @@ def test_an_fp8_run_ends_in_the_released_layout(tmp_path: Path, capsys: pytest.C
 def test_another_precision_is_refused(precision: object) -> None:
     with pytest.raises(ConfigError, match="must be 'fp32', 'bf16' or 'fp8'"):
         Recipe.preset("nano", precision=precision)
-
-

@@ -49,7 +49,7 @@ def test_e4m3_is_multiplied_by_the_tensor_core(compiled: dict[str, str], name: s
 @pytest.mark.parametrize("name", GEMMS)
 def test_sums_end_after_128_products_and_go_on_in_fp32(compiled: dict[str, str], name: str) -> None:
     """Each of the tensor core's sums begins at 0, has 128 products, and is then multiplied and added in FP32: a thread
-    holds 64 * 128 / 128 = 64 of the block's numbers, and makes an FMA of each."""
+    holds 64 * 128 / 128 = 64 of the block's numbers, and adds each up."""
     found = tensor_core_sums(compiled[name])
     assert found
     for one in found:
@@ -91,7 +91,8 @@ def wgmma(keep: str, operands: str = "e4m3.e4m3") -> str:
 START = "mov.pred %p1, 0;\nmov.pred %p2, -1;\nsetp.lt.s32 %p3, %r9, 5;\n$L__BB0_2:\n"
 WAIT = "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
 AGAIN = "@%p3 bra $L__BB0_2;\n"
-FMA = "fma.rn.f32 %r5, %r1, %r6, %r5;\n"
+FMA = "\tfma.rn.f32 \t%r5, %r1, %r6, %r5;\n"
+MUL, ADD = "\tmul.rn.f32 \t%r4, %r1, %r6;\n", "\tadd.rn.f32 \t%r5, %r4, %r5;\n"
 
 
 @pytest.mark.parametrize(
@@ -102,8 +103,8 @@ FMA = "fma.rn.f32 %r5, %r1, %r6, %r5;\n"
             START + "\n".join([wgmma("%p1"), wgmma("%p2"), WAIT]) + 2 * FMA + AGAIN,
             [TensorCoreSum("e4m3.e4m3", 64, True, 2)],
         ),
-        # the same with the predicates as numbers
-        ("\n".join([wgmma("0"), wgmma("1"), WAIT]) + FMA, [TensorCoreSum("e4m3.e4m3", 64, True, 1)]),
+        # the same with the predicates as numbers, and the product and the sum rounded on their own
+        ("\n".join([wgmma("0"), wgmma("1"), WAIT]) + MUL + ADD, [TensorCoreSum("e4m3.e4m3", 64, True, 1)]),
         # two blocks of rows, each with its own sum, promoted together: the multiply-adds are counted with the second
         (
             "\n".join([wgmma("0"), wgmma("1"), wgmma("0"), wgmma("1"), WAIT]) + 4 * FMA,

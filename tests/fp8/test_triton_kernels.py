@@ -57,6 +57,13 @@ def operands(name: str) -> tuple[Quantized, Quantized]:
     return quantize(numbers(m, k, seed=1), TILE, fmt), quantize(numbers(n, k, seed=2), tile, E4M3)
 
 
+def broken_operands() -> tuple[Quantized, Quantized]:
+    """Row 1 of a has the NaN that a GPU makes, all of its bits ones."""
+    a, b = operands("one past a block")
+    a.scale[1, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    return a, b
+
+
 def groups(name: str) -> tuple[Quantized, Quantized, Tensor]:
     sizes, n, k, more = GROUPS[name]
     ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
@@ -106,6 +113,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         a, b = operands(name)
         jobs[f"gemm, {name}, bf16"] = ("gemm", (a, b, torch.bfloat16))
         jobs[f"gemm, {name}, fp32"] = ("gemm", (a, b, torch.float32))
+    jobs["gemm, broken"] = ("gemm", (*broken_operands(), torch.bfloat16))
     for name in GROUPS:
         a, b, ends = groups(name)
         jobs[f"grouped, {name}, bf16"] = ("grouped_gemm", (a, b, ends, torch.bfloat16))
@@ -129,9 +137,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest number. (Over each number itself it would be 0.4% wherever two FP32 sums,
-    added up in another order, lie on two sides of a BF16 rounding edge.)"""
+    """The largest difference over the largest number."""
     return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def assert_same_bf16(got: Tensor, expected: Tensor) -> None:
+    """FP32 sums in another order lie now and then on two sides of a BF16 rounding edge: there, in fewer than one of a
+    thousand numbers, the results differ by a BF16 step, up to 0.8% of the number. The others are equal."""
+    assert relative_error(got, expected) <= 1e-3
+    differs = got != expected
+    assert differs.sum() <= 1e-3 * got.numel()
+    torch.testing.assert_close(got[differs], expected[differs], rtol=2**-7, atol=0)
 
 
 def assert_is_definition(got: Tensor, a: Tensor, b: Tensor) -> None:
@@ -145,10 +161,15 @@ def test_gemm_is_exact(results: dict[str, Any], name: str) -> None:
     a, b = operands(name)
     bf16, fp32 = results[f"gemm, {name}, bf16"], results[f"gemm, {name}, fp32"]
     assert (bf16.dtype, fp32.dtype) == (torch.bfloat16, torch.float32)
-    assert relative_error(bf16, gemm(a, b, "exact", torch.bfloat16)) <= 1e-3
+    assert_same_bf16(bf16, gemm(a, b, "exact", torch.bfloat16))
     assert relative_error(fp32, gemm(a, b, "exact", torch.float32)) <= 1e-6
     assert_is_definition(fp32, by_definition(a), by_definition(b))
     assert torch.equal(bf16, fp32.bfloat16())  # rounded once, to nearest even
+
+
+def test_nan_stays_nan_in_bf16(results: dict[str, Any]) -> None:
+    out = results["gemm, broken"]
+    assert out[1].isnan().all() and out.isnan().sum() == out.shape[1]
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -163,8 +184,7 @@ def test_grouped_gemm_is_each_experts_gemm(results: dict[str, Any], name: str) -
     assert not fp32[begin:].any()  # rows of no expert
     assert torch.equal(bf16, fp32.bfloat16())
     if begin:
-        expected = grouped_gemm(a, b, ends, "exact", torch.bfloat16)
-        assert relative_error(bf16[:begin], expected[:begin]) <= 1e-3
+        assert_same_bf16(bf16[:begin], grouped_gemm(a, b, ends, "exact", torch.bfloat16)[:begin])
 
 
 # ---- quantising ------------------------------------------------------------------------------------------------------
@@ -192,7 +212,8 @@ def test_activations_are_quantized_by_definition(results: dict[str, Any], name: 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("name", activations())
 def test_activations_are_quantized_as_quantize_does(results: dict[str, Any], name: str, power_of_two: bool) -> None:
-    got, expected = results[f"quantize, {name}, {power_of_two}"], quantize(activations()[name], TILE, E4M3, power_of_two)
+    got = results[f"quantize, {name}, {power_of_two}"]
+    expected = quantize(activations()[name], TILE, E4M3, power_of_two)
     assert torch.equal(got.q.float(), expected.q.float())
     assert torch.equal(got.scale, expected.scale)
 
@@ -267,7 +288,12 @@ def test_what_is_missing_is_one_line_that_names_a_way_out(
     ],
 )
 def test_what_it_cannot_multiply_it_refuses(
-    monkeypatch: pytest.MonkeyPatch, interpret: str, tile_a: tuple, tile_b: tuple, format_a: FloatFormat, said: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    interpret: str,
+    tile_a: tuple,
+    tile_b: tuple,
+    format_a: FloatFormat,
+    said: str | None,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     a, b = quantize(torch.ones(256, 256), tile_a, format_a), quantize(torch.ones(256, 256), tile_b, E4M3)

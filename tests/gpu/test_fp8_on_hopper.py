@@ -50,7 +50,8 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("tile", [BLOCK, TILE])
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(4096, 2112, 7168), (256, 512, 1024), (1, 2048, 512), (70, 192, 4096), (33, 65, 257), (129, 130, 300)]
+    ("m", "n", "k"),
+    [(4096, 2112, 7168), (256, 512, 1024), (1, 2048, 512), (70, 192, 4096), (33, 65, 257), (129, 130, 300)],
 )
 @pytest.mark.parametrize("name", ON_THE_CHIP)
 def test_gemm_is_exact_but_for_the_tensor_cores_short_sums(name: str, m: int, n: int, k: int, tile: tuple) -> None:
@@ -92,7 +93,8 @@ def test_promotion_cures_what_the_tensor_core_does_to_long_sums() -> None:
     The statistic is the error over the norm. How far the chip differs from 14 bits and 32 products a step is not documented:
     within a factor of 3 the emulation is the same effect, and without one (FP32 sums) it would be 1000 times smaller."""
     size, k = 256, 4096
-    a, b = (quantize(randn(size, k, seed=seed), (size, k)) for seed in (0, 1))  # one scale each: sums may run along all of k
+    # One scale each: only so may a sum run along all of k.
+    a, b = (quantize(randn(size, k, seed=seed), (size, k)) for seed in (0, 1))
     exact = gemm(a, b, "exact", torch.float32)
     unpromoted = torch._scaled_mm(
         a.q, b.q.T, a.scale.view(()), b.scale.view(()), out_dtype=torch.float32, use_fast_accum=True

@@ -126,8 +126,10 @@ def test_too_many_numbers_are_a_band_that_says_how_many() -> None:
     figure = number_line_figure(3.3, 26.4)
     artists = by_gid(figure)
     assert "grid-E5M6" not in artists and len(ticks_of(artists["grid-E4M3"])) <= MOST_TICKS
-    count = 1 + 2 * int((positive_numbers(E5M6) <= 23.1).sum()) + int(
-        ((positive_numbers(E5M6) > 23.1) & (positive_numbers(E5M6) <= 29.7)).sum()
+    count = (
+        1
+        + 2 * int((positive_numbers(E5M6) <= 23.1).sum())
+        + int(((positive_numbers(E5M6) > 23.1) & (positive_numbers(E5M6) <= 29.7)).sum())
     )
     assert f"{count:,} numbers" in texts(figure)
 
@@ -148,7 +150,8 @@ def test_sizes_are_shares_of_the_numbers_against_what_formats_hold() -> None:
     assert said == "E4M3: 12.5% to zero, 12.5% too large"
     (said,) = [text.get_text() for text in second.texts if text.get_gid() == "said"]
     assert said == "E4M3: 25.0% to zero"
-    assert figure.get_suptitle() == "What it says"
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["as it is", "scaled"]
+    assert figure.get_suptitle() == "What it says" and shares(torch.tensor([448.00003]), E4M3) == (0, 0)
 
 
 def test_shares_are_counted_on_torchs_cast() -> None:
@@ -207,7 +210,7 @@ def test_promotion_figure_has_a_bar_for_every_interval_and_marks_one() -> None:
     assert [artists[f"every-{each}"].get_alpha() for each in (64, 128, 256)] == [1.0, 0.45, 0.45]
     assert list(artists["never"].get_xdata()) == [128, 256]
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["64", "128", "never"]
-    marked = by_gid(promotion_figure(curves, {64: 0.001, 256: 0.002}, None, 256, "Title"))
+    marked = by_gid(promotion_figure(curves, {64: 0.001, 256: 0.002}, 256, 256, "Title"))
     assert marked["every-256"].get_alpha() == 1.0 and marked["every-64"].get_alpha() == 0.45
 
 
@@ -216,7 +219,7 @@ def test_promotion_figure_has_a_bar_for_every_interval_and_marks_one() -> None:
 EXPLORERS: list[tuple[Any, dict[str, Any]]] = [
     (number_line_explorer, {"number": 700.0, "zoom": 8, "scale": -3}),
     (outlier_explorer, {"size": SIZES[3], "channel": 500, "token": 6, "format": "E5M2"}),
-    (accumulation_explorer, {"bits": 10, "every": None, "operands": "positive"}),
+    (accumulation_explorer, {"bits": 10, "every": 4096, "operands": "positive"}),
 ]
 
 
@@ -291,7 +294,7 @@ def test_the_accumulation_explorer_measures_what_it_says(monkeypatch: pytest.Mon
     assert by_interval[128] == promoted == curves["promoted every 128"][4096]
     assert list(curves["never promoted"]) == list(INNERS)
     assert f"{never:.2%}" in title and f"{never / promoted:.3g} times less" in title
-    explorer.set(every=None)
+    explorer.set(every=4096)
     assert list(calls[-1][0]) == ["never promoted"] and "nothing is promoted" in calls[-1][4]
     explorer.set(bits=8, operands="positive")
     assert calls[-1][1][4096] == float(sum_errors(4096, None, 8, "positive").max()) > never

@@ -9,11 +9,13 @@ exponent of the largest, cuts off what then lies below its 14 bits, and adds wha
     sum   = grain * (trunc(sum / grain) + trunc(products / grain) added up), and of that again the first 14 bits
 
 The larger the sum has grown, the coarser the grain for all that is still to come; and a cut, unlike a rounding, always goes
-towards zero. So the error grows with K: at K = 4096 the report speaks of nearly 2%.
+towards zero. So the error grows with K: at K = 4096 the report speaks of nearly 2%. Here, 256x256 sums of normal
+numbers have a largest relative error of 2% (those that nearly cancel left out: below a quarter of the typical sum), and a
+typical one of 0.13%.
 
 The cure is promotion: every N_C = 128 elements the partial sum leaves the tensor core, is multiplied by the scales of its tiles
 and added to a sum in true FP32, and the tensor core starts again from zero. N_C = 128 is four instructions; while one group of
-warps promotes, another multiplies, so it costs next to no time.
+warps promotes, another multiplies, so it costs next to no time. The 2% become 0.2%, the 0.13% become 0.013%.
 
 What is simplified:
 

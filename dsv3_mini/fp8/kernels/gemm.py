@@ -15,7 +15,9 @@ step, the tensor core never adds up more than 128 products by itself. That is th
 after N_C = 128, and FP32 carries them on. (`tl.dot(x, w, total)` would be shorter, and is the mistake: then the tensor
 core's own short accumulator would run along the whole of k.)
 
-Rows, columns and the tail of k beyond the edge are read as 0 and add nothing.
+Rows, columns and the tail of k beyond the edge are read as 0 and add nothing. A k that is no multiple of 16 is right, and
+slow: its rows begin at any byte, so they are fetched byte by byte. A model's widths are multiples of 128; of tokens, which
+the weight's gradient sums over, send a multiple of 16.
 """
 
 from __future__ import annotations

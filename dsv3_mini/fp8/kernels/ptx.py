@@ -7,8 +7,8 @@ Hopper multiplies with one instruction, and PTX, NVIDIA's assembly, shows everyt
              32 products for a number of c   E4M3 by E4M3                   keep what is in %r1, ...?
 
 Where the predicate %p1 is false the sum begins anew. So promotion every 128 looks like this: four instructions, the first
-with a false predicate and three with a true one; a wait for them; and then ordinary FP32 arithmetic (`fma.rn.f32`), one
-multiply-add for every number of c that the thread holds, before the loop begins again.
+with a false predicate and three with a true one; a wait for them; and then ordinary FP32 arithmetic, one addition or
+multiply-add (`fma.rn.f32`) for every number of c that the thread holds, before the loop begins again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ WGMMA = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m\d+n\d+k(?P<k>\d+)\.f32\.(?P<operands>\w+\.\w+)\s*"
     r"\{[^}]*\},\s*%\w+,\s*%\w+,\s*(?P<keep>%?\w+),"
 )
+ADDITION = re.compile(r"^\s*(fma|add)(\.rn)?\.f32\s")
 JUMP = re.compile(r"^\s*(@!?%p\d+\s+)?(bra|ret)\b|^\$?\w+:")
 
 
@@ -30,7 +31,7 @@ class TensorCoreSum:
     operands: such as "e4m3.e4m3".
     products: how many along k it adds up, as far as the code runs straight on.
     from_zero: whether it begins at 0. If not, it goes on from what was there, and `products` is no bound.
-    promoted: FP32 multiply-adds that a thread makes of it before the next sum, or the next jump.
+    promoted: FP32 additions and multiply-adds that a thread makes of it before the next sum, or the next jump.
     """
 
     operands: str
@@ -55,7 +56,7 @@ def tensor_core_sums(ptx: str) -> list[TensorCoreSum]:
             waited = True
         elif JUMP.search(line):
             adding = waited = False
-        elif waited and "fma.rn.f32" in line:
+        elif waited and ADDITION.search(line):
             sums[-1] = replace(sums[-1], promoted=sums[-1].promoted + 1)
     return sums
 

@@ -17,17 +17,18 @@ import triton.language as tl
 
 @triton.jit
 def keep_mantissa(x, bits: tl.constexpr):
-    """x FP32 with `bits` of its 23 mantissa bits, nearest even. Infinity stays; NaN is not expected."""
+    """x FP32 with `bits` of its 23 mantissa bits, nearest even. Infinity and NaN stay."""
     dropped: tl.constexpr = 23 - bits
-    code = x.to(tl.int32, bitcast=True)
+    # A GPU's NaN is all ones: rounded up, it would run over into -0, and hide.
+    code = tl.where(x == x, x, 0.0).to(tl.int32, bitcast=True)
     odd = (code >> dropped) & 1
     code = ((code + (2 ** (dropped - 1) - 1) + odd) >> dropped) << dropped
-    return code.to(tl.float32, bitcast=True)
+    return tl.where(x == x, code.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def nearest_e4m3(x):
-    """x FP32 within [-448, 448] -> the nearest number that E4M3 has, as FP32.
+    """x FP32 -> the nearest number that E4M3 has, as FP32; |x| at most 448, or so little above that it rounds to 448.
 
     E4M3 keeps 3 mantissa bits down to 2^-6. Below, its subnormals lie 2^-9 apart: adding and subtracting 1.5 * 2^14,
     where FP32's own numbers lie 2^-9 apart, rounds to them.

@@ -22,7 +22,7 @@ GREY = "#444444"  # the run that the others are compared with
 WIDE = 128  # a side of a tile is 1 or this
 LINES = 6  # drawn in place of the 128 that a tile has
 LENGTHS = {"T": 3, "i": 2, "o": 2}  # of the drawn matrices, in tiles
-GAP, ROOM = 1.3, 1.45  # beside and below a matrix, in tiles
+GAP, ROOM = 1.8, 1.45  # beside and below a matrix, in tiles
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def products_figure(products: Sequence[Product] = PRODUCTS) -> Figure:
     with house_style():
         figure = Figure(figsize=(11, 0.55 * sum(heights) + 0.5))
         axes = figure.subplots()
-        axes.set(xlim=(-3.0, 17.6), ylim=(sum(heights) - 0.2, -0.75), aspect="equal")
+        axes.set(xlim=(-3.0, 18.0), ylim=(sum(heights) - 0.2, -0.75), aspect="equal")
         axes.set_title("A scale is shared along the axis that is summed over")
         axes.axis("off")
         top = 0.0
@@ -94,9 +94,9 @@ def products_figure(products: Sequence[Product] = PRODUCTS) -> Figure:
             for sign, operand in zip("·= ", (product.left, product.right, product.result), strict=True):
                 _draw(axes, operand, product, left, top)
                 left += LENGTHS[operand.axes[1]]
-                axes.text(left + GAP / 2 + 0.1, top + 1.0, sign, ha="center", va="center", fontsize=18)
+                axes.text(left + 0.55, top + 1.0, sign, ha="center", va="center", fontsize=18)
                 left += GAP
-            axes.text(11.2, top + 0.9, product.note, va="center", fontsize=12, color=INK, linespacing=1.4)
+            axes.text(11.6, top + 0.9, product.note, va="center", fontsize=12, color=INK, linespacing=1.4)
             top += height
     return figure
 
@@ -108,7 +108,9 @@ def tiles_of(operand: Operand) -> list[tuple[float, float, float, float]]:
         return [(0.0, 0.0, float(columns), float(rows))]
     height, width = (1.0 if side == WIDE else 1 / LINES for side in operand.tile)
     return [
-        (c * width, r * height, width, height) for r in range(round(rows / height)) for c in range(round(columns / width))
+        (c * width, r * height, width, height)
+        for r in range(round(rows / height))
+        for c in range(round(columns / width))
     ]
 
 
@@ -188,7 +190,7 @@ def layer_errors_figure(errors: Mapping[str, Mapping[str, Off]], title: str) -> 
         missing.axhline(0, color=QUIET, linewidth=1)
         missing.margins(y=0.15)
         low, high = missing.get_ylim()
-        missing.set_ylim(min(low, -0.2), max(high, 1.0))
+        missing.set_ylim(min(low, -5.0), max(high, 5.0))
         figure.legend(*error.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

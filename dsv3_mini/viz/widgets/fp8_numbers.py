@@ -26,7 +26,6 @@ EIGHT_BITS = {fmt.name: fmt for fmt in (E4M3, E5M2)}
 SIZES = tuple(2.0**power for power in range(0, 29, 2))  # of an outlier
 INNERS = (128, 256, 512, 1024, 2048, 4096)
 INTERVALS = (32, 64, 128, 256, 512, 1024, 2048)
-NEVER = "never"
 
 # ---- number lines ------------------------------------------------------------------------------------------------------
 
@@ -101,7 +100,9 @@ def accumulation_explorer() -> Explorer:
         "bars for all intervals of promotion at the longest sum.",
         bits=ipywidgets.IntSlider(value=14, min=8, max=18, description="bits kept of a sum"),
         every=ipywidgets.SelectionSlider(
-            options=[*[(f"{each:,}", each) for each in INTERVALS], (NEVER, None)], value=128, description="promoted every"
+            options=[*[(f"{each:,}", each) for each in INTERVALS], ("never", INNERS[-1])],
+            value=128,
+            description="promoted every",
         ),
         operands=ipywidgets.Dropdown(
             options=[(text, name) for name, text in OPERANDS.items()], value="normal", description="operands"
@@ -109,24 +110,23 @@ def accumulation_explorer() -> Explorer:
     )
 
 
-def draw_accumulation(bits: int, every: int | None, operands: str) -> Figure:
-    chosen = NEVER if every is None else f"promoted every {every:,}"
-    curves = {f"{NEVER} promoted": _curve(None, bits, operands)}
-    if every is not None:
-        curves[chosen] = _curve(every, bits, operands)
+def draw_accumulation(bits: int, every: int, operands: str) -> Figure:
+    """No sum is longer than `INNERS[-1]`: promoted every so many is never promoted."""
     longest = INNERS[-1]
-    by_interval = {each: _error(longest, each, bits, operands) for each in INTERVALS}
-    by_interval[longest] = _error(longest, None, bits, operands)
-    gain = by_interval[longest] / by_interval[longest if every is None else every]
+    curves = {"never promoted": _curve(longest, bits, operands)}
+    if every < longest:
+        curves[f"promoted every {every:,}"] = _curve(every, bits, operands)
+    by_interval = {each: _error(longest, each, bits, operands) for each in (*INTERVALS, longest)}
+    gain = by_interval[longest] / by_interval[every]
     title = f"{bits} bits: at K = {longest:,} a sum is off by up to {by_interval[longest]:.2%}; "
-    title += "nothing is promoted" if every is None else f"{chosen}, {gain:.3g} times less"
+    title += f"promoted every {every:,}, {gain:.3g} times less" if every < longest else "nothing is promoted"
     return promotion_figure(curves, by_interval, every, longest, title)
 
 
 @cache
-def _error(inner: int, every: int | None, bits: int, operands: str) -> float:
+def _error(inner: int, every: int, bits: int, operands: str) -> float:
     return float(sum_errors(inner, every, bits, operands).max())
 
 
-def _curve(every: int | None, bits: int, operands: str) -> dict[int, float]:
+def _curve(every: int, bits: int, operands: str) -> dict[int, float]:
     return {inner: _error(inner, every, bits, operands) for inner in INNERS}

@@ -342,7 +342,9 @@ def test_rounding_is_torchs_over_every_neighbourhood() -> None:
     """The reference is torch's cast; two answers written from the definition agree with it on and beside every midpoint."""
     numbers = torch.tensor(all_numbers())
     middles = (numbers[1:] + numbers[:-1]) / 2
-    beside = torch.cat([numbers, middles, torch.nextafter(middles, numbers[1:]), torch.nextafter(middles, numbers[:-1])])
+    beside = torch.cat(
+        [numbers, middles, torch.nextafter(middles, numbers[1:]), torch.nextafter(middles, numbers[:-1])]
+    )
     for answer in (rounded_by_search, rounded_by_adding):
         assert torch.equal(answer(beside), check._reference_rounded(beside))
         assert torch.equal(answer(-beside), check._reference_rounded(-beside))

@@ -310,7 +310,9 @@ WRONG: list[tuple[Exercise, Answer, str]] = [
 # ---- and more ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exercise, hint", [(e, hint) for e, _, hint in WRONG], ids=[f"{e.name}: {h}" for e, _, h in WRONG])
+@pytest.mark.parametrize(
+    "exercise, hint", [(e, hint) for e, _, hint in WRONG], ids=[f"{e.name}: {h}" for e, _, h in WRONG]
+)
 def test_no_two_hints_have_the_same_words(exercise: Exercise, hint: str) -> None:
     known = [each.hint for each in (*exercise.mistakes, *exercise.properties)]
     assert sum(hint in each for each in known) == 1
