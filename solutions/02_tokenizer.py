@@ -509,7 +509,8 @@ def share_before_a_break(rate):
 
 
 # %%
-ends = [id_ for ids in stories for id_ in ids if id_ in (full_stop, line_end)]
+# Nothing follows the last token of a story, so it is no sentence end that we can ask about.
+ends = [id_ for ids in stories for id_ in ids[:-1] if id_ in (full_stop, line_end)]
 truth = ends.count(line_end) / len(ends)
 counted = {rate: share_before_a_break(rate) for rate in (0, 0.1, 0.25, 0.5, 0.75, 1)}
 for rate, share in counted.items():

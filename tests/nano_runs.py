@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,3 +68,17 @@ def assert_bit_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     differing = [name for name in left if not torch.equal(left[name], right[name])]
     assert not differing, f"{len(differing)} of {len(left)} tensors differ, first {differing[0]}"
+
+
+def interrupted(command: Sequence[str], folder: Path) -> str:
+    """What a run in `folder` prints when Ctrl-C meets it after it has begun; it must end well and complain of nothing."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None and not (folder / "log.jsonl").exists():
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            printed, complaints = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert (process.returncode, complaints) == (0, "")
+    return printed

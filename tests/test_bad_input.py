@@ -526,7 +526,7 @@ case("negative samples", [*EVAL, "--samples", "-1"], "--samples", "-1 must be at
 case(
     "no room to judge",
     [*EVAL, "--samples", "2"],
-    "--samples 2 needs a context of 256",
+    "--samples 2 needs a context of 288",
     "max_position_embeddings = 128",
     given=model(edit_json("config.json", max_position_embeddings=128)),
 )

@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nano_runs import interrupted
 from safetensors.torch import load_file
 
 from dsv3_mini import ModelConfig, from_pretrained, generate, save_pretrained
@@ -25,6 +25,7 @@ from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.doctor import Finding
 from dsv3_mini.evaluate.bits_per_byte import bits_per_byte
+from dsv3_mini.inference.generate import TEMPERATURE
 from dsv3_mini.model import DeepSeekV3
 
 TRAIN = ["train", "--preset", "nano", "--mixture", "stories=0.6,sums=0.4", "--judge", "0"]
@@ -180,12 +181,17 @@ def test_eval_measures_what_bits_per_byte_measures(dsv3: Any, nano: Path) -> Non
         assert f" {scores[score]['stories']:.3f}" in shown
 
 
-def test_eval_judges(dsv3: Any, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_judges(dsv3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv3_mini.evaluate.judged.STORY_TOKENS", 40)
+    torch.manual_seed(0)
+    model = str(tmp_path / "nano")
+    save_pretrained(DeepSeekV3(ModelConfig.preset("nano", max_position_embeddings=512)), model)
     flags = ["--samples", "2", "--rows", "1", "--context", "32", "--domains", "sums"]
-    judged = json.loads(dsv3("eval", "--model", str(nano), *flags, "--json"))["judged"]
+    judged = json.loads(dsv3("eval", "--model", model, *flags, "--json"))["judged"]
     assert (judged["samples"], judged["questions"], judged["well_formed"]) == (2, 2, 0.0)
-    assert "two-digit sums right" in dsv3("eval", "--model", str(nano), *flags)
+    assert judged["temperature"] == TEMPERATURE
+    shown = dsv3("eval", "--model", model, *flags, "--temperature", "0.5")
+    assert "two-digit sums right" in shown and "2 samples at temperature 0.5" in shown
 
 
 def test_a_model_without_mtp_weights_writes(dsv3: Any, nano: Path, tmp_path: Path) -> None:
@@ -270,15 +276,7 @@ def test_ctrl_c_saves_a_run_and_the_same_command_goes_on(tmp_path: Path, dsv3: A
     folder = tmp_path / "run"
     flags = [*TRAIN, "--tokens", "2000000", "--out", str(folder), "--threads", "1"]
     command = [sys.executable, "-m", "dsv3_mini.cli", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            while process.poll() is None and not (folder / "log.jsonl").exists():
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            printed, complaints = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert (process.returncode, complaints) == (0, "")
+    printed = interrupted(command, folder)
     done = len(steps(folder))
     assert f"stopped after step {done} " in printed and "the same command goes on from here" in printed
     assert "stopped after step" in dsv3(*flags, "--minutes", "0.01")

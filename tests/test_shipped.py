@@ -71,10 +71,12 @@ def test_scores_are_what_the_model_does(scores: dict) -> None:
         assert abs(getattr(measured, name) - recorded) <= tolerance, name
 
 
-def test_it_adds(scores: dict) -> None:
-    """The bar that the course stands on, of 200 held-out two-digit sums. (Its stories fall short of theirs: see scores.json.)"""
+def test_it_adds_and_answers(scores: dict) -> None:
+    """The bars that the course stands on, of 200 held-out two-digit sums and as many story questions. (Of the samples 95% were to
+    be well-formed; they fall short of that: see scores.json.)"""
     assert scores["judged"]["questions"] >= 200
     assert scores["judged"]["sum_answers"] >= 0.90
+    assert scores["judged"]["story_answers"] >= 0.90
 
 
 def test_the_first_well_formed_sentence_came_within_five_minutes(log: list[dict]) -> None:

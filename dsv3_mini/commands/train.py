@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -14,9 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, number, read_config, whole
 from dsv3_mini.config import ModelConfig
@@ -77,10 +75,11 @@ def run(args: argparse.Namespace) -> int:
         return start_processes(args.processes)
     if args.device == "cpu":
         keep_freed_memory()
-    with cpu_threads(args.threads):
+    # Ctrl-C is caught before the processes meet: one that it ended would leave the others waiting for it.
+    with cpu_threads(args.threads), stop_on_interrupt(args.minutes) as stopped:
         replicas = Replicas.from_environment()
         try:
-            return train(args, cfg, recipe, replicas)
+            return train(args, cfg, recipe, replicas, stopped)
         finally:
             replicas.leave()
 
@@ -90,27 +89,38 @@ def start_processes(count: int) -> int:
 
     The first process speaks for all; the launcher's own report of a failure would bury its line.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # The launcher is only for runs of several processes: one alone need not wait for its import.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     launch = elastic_launch(
         LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-            max_restarts=0, logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
+            run_id=f"dsv3-{os.getpid()}", max_restarts=0, monitor_interval=1.0,
+            logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
         ),
         sys.executable,
     )  # fmt: skip
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         launch("-m", "dsv3_mini.cli", *sys.argv[1:])
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        if rank:
+        if 0 not in failed.failures or failed.failures[0].exitcode < 0:  # it was only told to end, and has said nothing
             print(f"dsv3 train: process {rank} failed with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode
     except SignalException:  # Ctrl-C went on to the processes, which have saved and said so
         pass
+    finally:
+        logging.disable(before)
     return 0
 
 
-def train(args: argparse.Namespace, cfg: ModelConfig, recipe: Recipe, replicas: Replicas) -> int:
+def train(
+    args: argparse.Namespace, cfg: ModelConfig, recipe: Recipe, replicas: Replicas, stopped: Callable[[], bool]
+) -> int:
     tokenizer = Tokenizer.shipped() if args.tokenizer is None else Tokenizer.load(args.tokenizer)
     if args.config and args.out is None:
         raise ConfigError("--out is missing: a run of --config has no name of its own, give its folder")
@@ -136,13 +146,12 @@ def train(args: argparse.Namespace, cfg: ModelConfig, recipe: Recipe, replicas: 
             )
         return 0
     if not replicas.first:
-        with stop_on_interrupt(args.minutes) as stopped:
-            trainer.run(should_stop=stopped)
+        trainer.run(should_stop=stopped)
         trainer.stream.close()
         return 0
     validation = Validation(list(recipe.mixture), tokenizer, samples=args.judge, text_column=args.text_column)
     try:
-        with stop_on_interrupt(args.minutes) as stopped, Display(trainer) as display:
+        with Display(trainer) as display:
             ended = trainer.run([display, validation], stopped)
     finally:
         trainer.stream.close()

@@ -114,7 +114,8 @@ def _read_body(sentences: list[str]) -> list[Reading]:
         for word in recalled + (where if reading.kind == "place" else []):
             _require(word in known, f"{word!r} has not been introduced: {sentence!r}")
         known.update(where)
-        known.update(filter(None, [slots.get("job")]))
+        if "job" in slots:
+            known.add(slots["job"])
         if "new" in slots:
             noun = slots["new"].split(" ")[1]
             _require(noun not in known, f"a second {noun!r} is introduced: {sentence!r}")

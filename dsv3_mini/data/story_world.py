@@ -75,15 +75,11 @@ def _draw(rng: random.Random, slot: str, drawn: set[str]) -> str:
 
 def _recalls(slots: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Sentences that come back to what stands in the slots of another, as kinds and slots."""
-    where = slots.get("to") or slots.get("at") or slots.get("spot") or slots.get("loc")
-    if where:
-        noun = where.rsplit(" ", 1)[-1]
-        if noun in lexicon.PLACE_PREPOSITIONS:
-            yield "place", {"to": noun, "at": lexicon.at(noun)}
-    for phrase in filter(None, (slots.get("spot"), slots.get("loc"))):
-        noun = phrase.rsplit(" ", 1)[-1]
-        if noun not in lexicon.PLACE_PREPOSITIONS:
-            yield "spot", {"spot_noun": noun}
+    for slot in ("to", "at", "spot", "loc"):
+        if slot in slots:
+            noun = slots[slot].rsplit(" ", 1)[-1]
+            is_place = noun in lexicon.PLACE_PREPOSITIONS
+            yield ("place", {"to": noun, "at": lexicon.at(noun)}) if is_place else ("spot", {"spot_noun": noun})
     if "new" in slots:
         article, adjective, thing = slots["new"].split(" ")
         yield "look", {"o": thing, "adj": adjective, "an_adj": f"{article} {adjective}"}

@@ -85,12 +85,18 @@ def judge_model(
     )
 
 
-def sample_stories(model: DeepSeekV3, tokenizer: Tokenizer, count: int, temperature: float, seed: int) -> list[str]:
-    """`count` samples that begin as stories begin: with the first token of a held-out story each."""
+def sample_stories(
+    model: DeepSeekV3, tokenizer: Tokenizer, count: int, temperature: float, seed: int, most: int | None = None
+) -> list[str]:
+    """`count` samples that begin as stories begin: with the first token of a held-out story each.
+
+    Args:
+        most: new tokens of a sample, at most; by default there is room for the longest story.
+    """
     firsts = [tokenizer.encode(stories.generate_story(stories.HELD_OUT_SEED, i).text)[0] for i in range(count)]
     prompts = [[tokenizer.eos_id, first] for first in firsts]
     generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
-    new = complete(model, prompts, STORY_TOKENS, temperature, tokenizer.eos_id, generator)
+    new = complete(model, prompts, most or STORY_TOKENS, temperature, tokenizer.eos_id, generator)
     return [tokenizer.decode([first, *ids]) for first, ids in zip(firsts, new, strict=True)]
 
 

@@ -13,7 +13,6 @@ from dsv3_mini.errors import ConfigError, DataError
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.model import DeepSeekV3
 
-
 TEMPERATURE = 0.8
 """Of the samples that `dsv3 sample` writes and `dsv3 eval` judges, unless they are told otherwise. At 1 a model also shows
 its doubts: whatever it gives a share of a thousandth comes in every tenth story of a hundred tokens."""

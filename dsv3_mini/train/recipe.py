@@ -121,7 +121,7 @@ def deepseek_v3() -> Recipe:
 
 
 def tiny() -> Recipe:
-    """A laptop, about an hour. The report's shape; a higher learning rate and small batches, as small models take them.
+    """A laptop, less than an hour. The report's shape; a higher learning rate and small batches, as small models take them.
 
     Gamma starts above the report's, since biases have some thousand steps to find their place and not a million. Two things
     are not of the report. The head starts as a copy of the embedding: what is to be repeated is then found by *one* map from

@@ -282,7 +282,13 @@ def test_what_was_told_comes_back() -> None:
 
 def test_only_what_the_sentence_before_told_comes_back(some: list[Story]) -> None:
     """Half of all places, and of all hiding places: there a model learns to copy words that are no names."""
-    slots = {"place": ("to", "at"), "spot": ("spot_noun",), "look": ("o", "adj"), "plan": ("task",), "worker": ("worker",)}
+    slots = {
+        "place": ("to", "at"),
+        "spot": ("spot_noun",),
+        "look": ("o", "adj"),
+        "plan": ("task",),
+        "worker": ("worker",),
+    }
     count: Counter[str] = Counter()
     for story in some[:1000]:
         sentences = sentences_of(story.text)

@@ -260,7 +260,7 @@ def test_wrong_settings_are_named(options, message):
     ("change", "message"),
     [
         (dict(seed=1), "seed was 0 and is 1 now"),
-        (dict(seq_len=700), "seq_len was 600 and is 700 now"),
+        (dict(seq_len=700), "seq_len was 900 and is 700 now"),
         (dict(mixture={"stories": 0.5, "sums": 0.5}), "mixture was"),
         (dict(fim_rate=0.2), "fim_rate was 0.1 and is 0.2 now"),
     ],

@@ -255,10 +255,11 @@ def test_biases_change_the_choice_but_not_the_balance_loss_of_their_layer() -> N
 def test_balance_loss_of_a_batch_adds_up_its_layers() -> None:
     model = DeepSeekV3(ModelConfig.preset("nano", initializer_range=0.2))
     row = torch.randint(0, 512, (2, 25))
-    losses = training_losses(model, row[:, :-1], row[:, 1:], 0.0, 2.0)
+    losses = training_losses(model, row[:, :-1], row[:, 1:], 0.3, 2.0)
     assert [r.layer for r in losses.routing] == [1, 2, 3]
     expected = sum(balance_in_loops(r.scores.tolist(), 2) for r in losses.routing)
     assert losses.balance.item() == pytest.approx(expected, rel=1e-5)
-    assert losses.total.item() == pytest.approx(losses.main.item() + 2 * expected, rel=1e-5)
+    others = losses.main.item() + 0.3 * losses.mtp.item()
+    assert losses.total.item() == pytest.approx(others + 2 * expected, rel=1e-5)
     losses.total.backward()
     assert all(router.weight.grad.any() for router in routers(model))

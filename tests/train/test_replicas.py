@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from nano_runs import NANO, nano_recipe, small_tokenizer
+from nano_runs import NANO, interrupted, nano_recipe, small_tokenizer
 from safetensors.torch import load_file
 
 from dsv3_mini.errors import ConfigError
@@ -77,16 +75,6 @@ def test_what_is_wrong_is_said_once_and_in_one_line(tmp_path: Path) -> None:
 
 def test_ctrl_c_reaches_all_processes_and_they_save(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with subprocess.Popen(
-        command(folder, 2, tokens=2_000_000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            while process.poll() is None and not (folder / "log.jsonl").exists():
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            printed, complaints = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert (process.returncode, complaints) == (0, "")
+    printed = interrupted(command(folder, 2, tokens=2_000_000), folder)
     assert re.search(r"stopped after step \d+ .* saved: the same command goes on from here", printed)
     assert list(folder.glob("checkpoints/*/state.json")) or list(folder.rglob("state.json"))

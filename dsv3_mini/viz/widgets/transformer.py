@@ -117,15 +117,15 @@ def _fresh(shape: BaselineShape, block: type[BaselineBlock], scale: float) -> Ba
 # reader's curve, and the picture of a page that no kernel serves.
 RECORDED = {
     "with the stream": (
-        8.23, 6.57, 5.51, 4.94, 4.66, 4.34, 4.04, 3.92, 3.76, 3.65,
-        3.49, 3.21, 3.32, 3.08, 3.20, 2.99, 3.13, 3.03, 3.05, 2.96,
+        7.96, 6.07, 4.60, 4.00, 3.74, 3.40, 3.00, 2.89, 2.80, 2.67,
+        2.68, 2.48, 2.39, 2.39, 2.44, 2.37, 2.31, 2.24, 2.24, 2.36,
     ),
     "without it": (
-        8.06, 6.71, 5.78, 5.67, 5.66, 5.57, 5.49, 5.50, 5.51, 5.55,
-        5.49, 5.39, 5.51, 5.40, 5.52, 5.42, 5.49, 5.50, 5.50, 5.47,
+        8.17, 6.49, 5.24, 5.03, 5.16, 5.14, 5.02, 5.03, 5.03, 5.04,
+        5.06, 5.00, 4.94, 5.01, 5.01, 4.95, 4.99, 4.95, 4.97, 5.03,
     ),
 }  # fmt: skip
-RECORDED_TEXT = "One rainy morning, Nora was in the tavern. Leon were in the tavern. Then Leon had a turquoise scarf to the scarf to"
+RECORDED_TEXT = "One rainy morning, Nora was in the jungle. The jungle. At that time, Delia was resting in the jungle. The jungle. The jungle"
 
 
 class LiveRun:
@@ -217,7 +217,5 @@ def residual_race(
         both = {"with the stream": with_stream[:done], "without it": losses["without it"]}
         return loss_figure(both, recorded, vocab_size, steps, "Without the residual stream the same net hardly learns")
 
-    alt = (
-        "Loss by step of two nets: with the residual stream it falls fast, without it hardly below 5.5 nats per token."
-    )
+    alt = "Loss by step of two nets: with the residual stream it falls fast, without it hardly below 5 nats per token."
     return LiveRun({"without it": begin}, draw, alt, steps)
