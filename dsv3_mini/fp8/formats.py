@@ -135,8 +135,8 @@ def decode_e5m6(codes: Int16[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def pack_e5m6(codes: Int16[Tensor, "... n"]) -> UInt8[Tensor, "... three_halves_n"]:
     """Two codes of 12 bits in three bytes: aaaaaaaa bbbbaaaa bbbbbbbb, low bits first. n must be even."""
-    pairs = codes.contiguous().view(torch.int32)  # b above 16 bits of a; below they close up to 12
-    joined = (pairs & 0xFFF) | ((pairs >> 4) & 0xFFF000)
+    first, second = rearrange(codes.contiguous().int() & 0xFFF, "... (n two) -> two ... n", two=2)
+    joined = first | (second << 12)
     four = rearrange(joined.view(torch.uint8), "... (n four) -> ... n four", four=4)
     return rearrange(four[..., :3], "... n three -> ... (n three)")
 
