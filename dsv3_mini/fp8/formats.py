@@ -66,7 +66,7 @@ E5M6 = FloatFormat("E5M6", 5, 6, bias=15, largest=65024.0, finite_only=False, dt
 E8M0 = FloatFormat("E8M0", 8, 0, bias=127, largest=2.0**127, finite_only=True, dtype=torch.float8_e8m0fnu)
 
 
-def encode(x: Float[Tensor, "..."], fmt: FloatFormat) -> Int[Tensor, "..."]:
+def encode(x: Float[Tensor, " ..."], fmt: FloatFormat) -> Int[Tensor, " ..."]:
     """The code of the nearest number, ties to the even code: uint8, or int16 for the 12 bits of E5M6.
 
     Equal to torch's cast bit for bit, where there is one. What is too large becomes Inf, or `largest` where there is no
@@ -85,7 +85,7 @@ def encode(x: Float[Tensor, "..."], fmt: FloatFormat) -> Int[Tensor, "..."]:
     return code.to(torch.uint8 if fmt.bits == 8 else torch.int16)
 
 
-def decode(codes: Int[Tensor, "..."], fmt: FloatFormat) -> Float[Tensor, "..."]:
+def decode(codes: Int[Tensor, " ..."], fmt: FloatFormat) -> Float[Tensor, " ..."]:
     """The FP32 number that each code stands for, exactly."""
     codes = codes.int()
     if fmt.mantissa_bits == 0:
@@ -101,12 +101,12 @@ def decode(codes: Int[Tensor, "..."], fmt: FloatFormat) -> Float[Tensor, "..."]:
     return torch.where(codes > _all_ones(fmt), -value, value)
 
 
-def round_to(x: Float[Tensor, "..."], fmt: FloatFormat) -> Float[Tensor, "..."]:
+def round_to(x: Float[Tensor, " ..."], fmt: FloatFormat) -> Float[Tensor, " ..."]:
     """The nearest number of a format, in FP32; beyond the largest it is the largest, never Inf. NaN stays NaN."""
     return decode(encode(x.float().clamp(-fmt.largest, fmt.largest), fmt), fmt)
 
 
-def power_of_two_at_least(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def power_of_two_at_least(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """The smallest power of two >= x, for x > 0; never below 2^-126, the smallest normal FP32.
 
     On the bits: with any mantissa bit set, adding all mantissa bits carries into the exponent. A ceil(log2(x)) would ask for a
@@ -117,7 +117,7 @@ def power_of_two_at_least(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return torch.where(x.isnan(), x, rounded.view(torch.float32))
 
 
-def encode_e5m6(x: Float[Tensor, "..."]) -> Int16[Tensor, "..."]:
+def encode_e5m6(x: Float[Tensor, " ..."]) -> Int16[Tensor, " ..."]:
     """`encode(x, E5M6)` for FP32 numbers of at most 65024, ten times as fast; the sign of a zero is lost.
 
     FP32 has no bits behind the 24th: adding 1.5 * 2^17 times a number's power of two leaves its first 7 bits, rounded half to
@@ -128,7 +128,7 @@ def encode_e5m6(x: Float[Tensor, "..."]) -> Int16[Tensor, "..."]:
     return ((x + shift).sub_(shift).half().view(torch.int16) >> 4).bitwise_and_(0xFFF)
 
 
-def decode_e5m6(codes: Int16[Tensor, "..."]) -> Float[Tensor, "..."]:
+def decode_e5m6(codes: Int16[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """`decode(codes, E5M6)`: half precision with four zeros behind."""
     return (codes << 4).view(torch.float16).float()
 
@@ -162,24 +162,24 @@ def _ceiling(fmt: FloatFormat) -> int:
     return _all_ones(fmt) - 1 if fmt.finite_only else (2**fmt.exponent_bits - 1) << fmt.mantissa_bits
 
 
-def _exponent(magnitude: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+def _exponent(magnitude: Float[Tensor, " ..."]) -> Int[Tensor, " ..."]:
     """floor(log2(magnitude)) of positive normal FP32 numbers, read off their bits; -127 of zero and of subnormal ones."""
     return (magnitude.view(torch.int32) >> 23) - 127
 
 
-def _power_of_two(exponent: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+def _power_of_two(exponent: Int[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """2^exponent, written into the bits, as torch.exp2 need not be exact. -126 to 127."""
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _encode_power(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+def _encode_power(x: Float[Tensor, " ..."]) -> UInt8[Tensor, " ..."]:
     # A mantissa of one half or more carries into the exponent; without a leading one (2^-127 and less) only more than it.
     bits = x.abs().view(torch.int32)
     code = (bits + (2**22 - 1) + (bits >= 2**23).int()) >> 23
     return code.masked_fill(~x.isfinite(), 255).to(torch.uint8)
 
 
-def _decode_power(codes: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+def _decode_power(codes: Int[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     # 2^-127 is a subnormal FP32, which has no exponent of its own to write.
     half = 1.0 - 0.5 * (codes == 0).float()
     return (_power_of_two((codes - 127).clamp(min=-126)) * half).masked_fill(codes == 255, torch.nan)

@@ -56,7 +56,9 @@ class Backend(Protocol):
 
     def misplaced(self, a: Quantized, b: Quantized) -> str | None:
         """Why their device will not do, or None."""
-        return None if a.q.is_cuda and b.q.is_cuda else f"it multiplies on a CUDA device, not {a.q.device} by {b.q.device}"
+        return (
+            None if a.q.is_cuda and b.q.is_cuda else f"it multiplies on a CUDA device, not {a.q.device} by {b.q.device}"
+        )
 
     def gemm(self, a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Float[Tensor, "m n"]:
         """a [m k] @ b [n k]^T."""
@@ -90,7 +92,9 @@ def gemm(
         ConfigError: the contractions differ, no backend has that name, or it cannot multiply these here.
     """
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[-1] != b.shape[-1]:
-        raise ConfigError(f"a {list(a.shape)} and b {list(b.shape)} must be [m k] and [n k], with one k: transpose one of them")
+        raise ConfigError(
+            f"a {list(a.shape)} and b {list(b.shape)} must be [m k] and [n k], with one k: transpose one of them"
+        )
     return _choose(backend, a, b).gemm(a, b, out_dtype)
 
 

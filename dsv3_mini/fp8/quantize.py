@@ -142,9 +142,7 @@ def quantize(
     return Quantized(numbers if fmt.dtype else _packed(numbers), scale, tile, fmt, columns)
 
 
-def retile(
-    x: Quantized, tile: tuple[int, int], power_of_two: bool = True, fmt: FloatFormat | None = None
-) -> Quantized:
+def retile(x: Quantized, tile: tuple[int, int], power_of_two: bool = True, fmt: FloatFormat | None = None) -> Quantized:
     """The same values under other tiles, such as 1x128 -> 128x1 for Wgrad.
 
     Where the old scales are powers of two and the new ones too, nothing is rounded again: q * 2^i becomes q * 2^(i - j) * 2^j.

@@ -99,7 +99,9 @@ def test_a_million_floats_are_encoded_as_torch_casts_them(fmt: FloatFormat) -> N
     assert len(x) == 10**6 and x.isnan().any() and x.isinf().sum() < 10
     x = torch.cat([x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, fmt.largest, -fmt.largest])])
     ours, theirs = encode(x, fmt), x.to(fmt.dtype).view(torch.uint8)
-    assert torch.equal(ours, theirs), [(x[i].item(), ours[i].item(), theirs[i].item()) for i in (ours != theirs).nonzero()[:5]]
+    assert torch.equal(ours, theirs), [
+        (x[i].item(), ours[i].item(), theirs[i].item()) for i in (ours != theirs).nonzero()[:5]
+    ]
     # The cases that were meant are there: ties, subnormal results, too large ones.
     finite = theirs.view(fmt.dtype).float().abs()
     assert (finite == fmt.largest).sum() > 1000
@@ -193,7 +195,9 @@ def test_powers_of_two_at_the_ends() -> None:
     out = power_of_two_at_least(x)
     assert out[:3].tolist() == [2.0**-126, 2.0**-126, math.inf] and out[3].isnan()
     # torch's cast rounds to the nearest: a scale of 1.25 would become 1, and 448 * 1.25 would not fit under it.
-    assert torch.tensor(1.25).to(torch.float8_e8m0fnu).float() == 1.0 and power_of_two_at_least(torch.tensor(1.25)) == 2.0
+    assert (
+        torch.tensor(1.25).to(torch.float8_e8m0fnu).float() == 1.0 and power_of_two_at_least(torch.tensor(1.25)) == 2.0
+    )
 
 
 def test_a_power_of_two_is_one_byte_of_e8m0() -> None:

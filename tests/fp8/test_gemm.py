@@ -52,7 +52,9 @@ def close(ours: Tensor, theirs: Tensor, inner: int) -> None:
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, E5M6], ids=lambda fmt: fmt.name)
-@pytest.mark.parametrize("tiles", [(ACTIVATIONS, WEIGHTS), (ACTIVATIONS, ACTIVATIONS), (WEIGHTS, WEIGHTS), (WHOLE, WHOLE)], ids=str)
+@pytest.mark.parametrize(
+    "tiles", [(ACTIVATIONS, WEIGHTS), (ACTIVATIONS, ACTIVATIONS), (WEIGHTS, WEIGHTS), (WHOLE, WHOLE)], ids=str
+)
 @pytest.mark.parametrize("m, n, k", [(256, 128, 384), (5, 7, 9), (1, 192, 200)])
 def test_exact_is_the_product_of_what_the_numbers_stand_for(m: int, n: int, k: int, tiles: Any, fmt: Any) -> None:
     a, b = quantize(torch.randn(m, k), tiles[0], fmt), quantize(torch.randn(n, k), tiles[1], fmt)
@@ -108,7 +110,9 @@ def test_backends_by_name() -> None:
     assert list(backends())[:4] == list(interface.AUTO)
     assert all(name == one.name for name, one in backends().items())
     assert backend("exact") is backends()["exact"] and backend("hopper").missing() is None
-    with pytest.raises(ConfigError, match="'magic' is not known: choose one of auto, deep_gemm, scaled_mm, triton, exact, hopper"):
+    with pytest.raises(
+        ConfigError, match="'magic' is not known: choose one of auto, deep_gemm, scaled_mm, triton, exact, hopper"
+    ):
         backend("magic")
 
 
@@ -164,7 +168,9 @@ def test_one_that_is_asked_for_by_name_says_why_it_cannot(others: dict[str, Fake
     with pytest.raises(ConfigError, match="^FP8 backend 'triton' cannot run here: there is no GPU: use 'exact'$"):
         gemm(a, b, "triton")
     others["scaled_mm"]._refuses = "it takes no such tiles"
-    with pytest.raises(ConfigError, match="'scaled_mm' cannot multiply these: it takes no such tiles; backend='exact' takes all"):
+    with pytest.raises(
+        ConfigError, match="'scaled_mm' cannot multiply these: it takes no such tiles; backend='exact' takes all"
+    ):
         gemm(a, b, "scaled_mm")
 
 
@@ -179,7 +185,11 @@ def test_a_backend_made_by_hand_is_used() -> None:
 
 def test_shapes_must_fit() -> None:
     a, b = operands(8, 16, 256)
-    for left, right in ((a, b.transpose()), (a, quantize(torch.ones(2, 16, 256))), (quantize(torch.ones(1, 8, 256)), b)):
+    for left, right in (
+        (a, b.transpose()),
+        (a, quantize(torch.ones(2, 16, 256))),
+        (quantize(torch.ones(1, 8, 256)), b),
+    ):
         with pytest.raises(ConfigError, match=r"must be \[m k\] and \[n k\]"):
             gemm(left, right)
     rows, weights, ends = experts([2, 3], 16, 256)
@@ -227,7 +237,9 @@ def test_a_machine_that_cannot_is_told_why_in_one_line(monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(deep_gemm_backend, "_package", lambda: SimpleNamespace(fp8_gemm_nt=None))
     assert "has no m_grouped_fp8_gemm_nt_contiguous: install its newest version" in deep.missing()
-    monkeypatch.setattr(deep_gemm_backend, "_package", lambda: SimpleNamespace(**dict.fromkeys(deep_gemm_backend.NEEDS)))
+    monkeypatch.setattr(
+        deep_gemm_backend, "_package", lambda: SimpleNamespace(**dict.fromkeys(deep_gemm_backend.NEEDS))
+    )
     assert deep.missing() is None
 
 
@@ -257,7 +269,9 @@ def cublas(
 
 
 @settings(max_examples=30)
-@given(m=st.integers(1, 140), n=st.integers(1, 300), k=st.integers(1, 700), tile=st.sampled_from([WEIGHTS, ACTIVATIONS]))
+@given(
+    m=st.integers(1, 140), n=st.integers(1, 300), k=st.integers(1, 700), tile=st.sampled_from([WEIGHTS, ACTIVATIONS])
+)
 def test_scaled_mm_is_given_what_it_asks_for(m: int, n: int, k: int, tile: tuple[int, int]) -> None:
     a, b = operands(m, n, k, tile)
     with pytest.MonkeyPatch.context() as patch:
@@ -271,15 +285,11 @@ def test_scaled_mm_is_given_what_it_asks_for(m: int, n: int, k: int, tile: tuple
 @pytest.mark.parametrize("m, n, k", [(128, 256, 512), (64, 128, 128), (5, 384, 896)])
 def test_torch_itself_accepts_shapes_and_strides(m: int, n: int, k: int, tile: tuple[int, int]) -> None:
     """On meta, torch checks what it would on a GPU; its rule there knows whole tiles only."""
-    a, b = (
-        Quantized(x.q.to("meta"), x.scale.to("meta"), x.tile, x.fmt, x.columns) for x in operands(m, n, k, tile)
-    )
+    a, b = (Quantized(x.q.to("meta"), x.scale.to("meta"), x.tile, x.fmt, x.columns) for x in operands(m, n, k, tile))
     out = ScaledMM().gemm(a, b, torch.bfloat16)
     assert out.shape == (m, n) and out.dtype == torch.bfloat16 and out.is_meta
     with pytest.raises(RuntimeError, match="blockwise scaling"):
-        F.scaled_mm(
-            a.q, b.q.T, a.scale[:-1], F.ScalingType.BlockWise1x128, b.scale.T, F.ScalingType.BlockWise1x128
-        )
+        F.scaled_mm(a.q, b.q.T, a.scale[:-1], F.ScalingType.BlockWise1x128, b.scale.T, F.ScalingType.BlockWise1x128)
 
 
 def test_nothing_is_copied_but_scales_where_sizes_are_right() -> None:

@@ -100,7 +100,9 @@ def test_a_stack_is_each_of_its_matrices() -> None:
     quantized = quantize(stack, (128, 128))
     for e in range(4):
         one = quantize(stack[e], (128, 128))
-        assert torch.equal(quantized.matrix(e).dequantize(), one.dequantize()) and quantized.matrix(e).shape == one.shape
+        assert (
+            torch.equal(quantized.matrix(e).dequantize(), one.dequantize()) and quantized.matrix(e).shape == one.shape
+        )
         assert torch.equal(quantized.matrix(e).scale, one.scale)
 
 

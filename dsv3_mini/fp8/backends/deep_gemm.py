@@ -46,7 +46,9 @@ class DeepGemm(Backend):
     def refuses(self, a: Quantized, b: Quantized) -> str | None:
         n, k = b.shape[-2:]
         if b.tile != (TILE, TILE) or a.fmt != E4M3 or b.fmt != E4M3:
-            return f"it multiplies E4M3 by blocks ({TILE}, {TILE}) of E4M3, not {a.fmt.name} by {b.tile} of {b.fmt.name}"
+            return (
+                f"it multiplies E4M3 by blocks ({TILE}, {TILE}) of E4M3, not {a.fmt.name} by {b.tile} of {b.fmt.name}"
+            )
         if k % TILE or n % 64:
             return f"it takes k in multiples of {TILE} and n in multiples of 64, not {k} and {n}"
         return super().refuses(a, b)
@@ -74,9 +76,7 @@ class DeepGemm(Backend):
         return out.index_select(0, place).to(out_dtype)
 
 
-def spread_out(
-    ends: Int[Tensor, " e"], tokens: int, block: int
-) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"]]:
+def spread_out(ends: Int[Tensor, " e"], tokens: int, block: int) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"]]:
     """Each row's expert, and its place when every expert's rows begin at a multiple of `block`."""
     starts = torch.nn.functional.pad(ends, (1, 0))[:-1]
     blocks_before = ((ends - starts + block - 1) // block).cumsum(0) * block

@@ -118,7 +118,7 @@ class Hopper(Backend):
         return _first_bits(counts * grain, self.bits)
 
 
-def _first_bits(x: Float[Tensor, "..."], bits: int) -> Float[Tensor, "..."]:
+def _first_bits(x: Float[Tensor, " ..."], bits: int) -> Float[Tensor, " ..."]:
     """x with its first `bits` bits, the leading one counted, and zeros behind: a cut towards zero."""
     return (x.view(torch.int32) & -(1 << (MANTISSA + 1 - bits))).view(torch.float32)
 

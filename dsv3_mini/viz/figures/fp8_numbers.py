@@ -154,7 +154,9 @@ def _fate(number: float, goes_to: float, grid: Float[np.ndarray, " n"]) -> str:
 
 
 def sizes_figure(
-    table: Mapping[str, Mapping[str, Float[Tensor, "*shape"]]], title: str, formats: Sequence[FloatFormat] = (E4M3, E5M2)
+    table: Mapping[str, Mapping[str, Float[Tensor, "*shape"]]],
+    title: str,
+    formats: Sequence[FloatFormat] = (E4M3, E5M2),
 ) -> Figure:
     """How large the numbers of some tensors are, against what formats can hold.
 
