@@ -7,6 +7,7 @@ LAB_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 LESSONS := $(wildcard lessons/*.ipynb)
 SOLUTIONS := $(wildcard solutions/*.ipynb)
@@ -16,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFF
 NBVAL := $(PY) -m pytest -n $(WORKERS) --dist loadscope --nbval-current-env --nbval-cell-timeout 120
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-browser data notebooks check-notebooks clean moved
+.PHONY: help lab test test-browser test-gpu data notebooks check-notebooks clean moved
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,7 +26,7 @@ lab: $(READY) ## open JupyterLab on the first lesson
 	cd lessons && ../$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/00_tour.ipynb \
 	    $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-test: $(READY) ## check the style, run every test and every notebook
+test: $(READY) $(KERNELS) ## check the style, run every test and every notebook
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 ifneq ($(SOLUTIONS),)
@@ -38,6 +39,9 @@ endif
 
 test-browser: $(READY) ## open every lesson in a browser and move every control; pictures go to runs/screenshots
 	$(TEST_ENV) $(PY) -m pytest -p no:cacheprovider tests/browser --all-lessons --screenshots runs/screenshots
+
+test-gpu: $(READY) $(KERNELS) ## run FP8 on a Hopper GPU; on any other machine it says what is missing
+	$(TEST_ENV) $(PY) -m pytest -rs tests/gpu
 
 data: $(READY) ## rebuild what data/ holds, and check that a second build gives the same bytes
 	$(PY) -m dsv3_mini.data.build
@@ -72,3 +76,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo '{"@jupyterlab/apputils-extension:notification": {"checkForUpdates": false, "fetchNews": "false"}}' \
 	    > $(LAB_SETTINGS)/overrides.json
 	@echo '$(CURDIR)' > $@
+
+# Triton takes a gigabyte and only the tests of the FP8 kernels want it: the lessons do without.
+$(KERNELS): $(READY)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,kernels]'
+	@touch $@

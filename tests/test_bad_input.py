@@ -192,7 +192,7 @@ case("seed beyond int64", [*RUN, "run", "--seed", str(2**70)], "--seed", "must b
 case("no threads", [*RUN, "run", "--threads", "0"], "--threads", "0 must be at least 1", given=run())
 case("a million threads", [*RUN, "run", "--threads", "1_000_000"], "--threads", "1000000 must be at most", given=run())
 case("no time", [*RUN, "run", "--minutes", "0"], "--minutes", "0 must be a number of at least 0.01", given=run())
-case("unknown precision", [*RUN, "run", "--precision", "fp8"], "--precision", "'fp8'", "bf16", given=run())
+case("unknown precision", [*RUN, "run", "--precision", "fp4"], "--precision", "'fp4'", "bf16", given=run())
 case("no CUDA", [*RUN, "run", "--device", "cuda"], "--device cuda is not here", "no CUDA GPU", given=run())
 case("unknown device", [*RUN, "run", "--device", "meta"], "--device meta is not known", "cuda:N", given=run())
 case("ledger of no context", ["ledger", "--context", "0"], "--context", "0 must be at least 1")

@@ -28,8 +28,12 @@ CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "playwright-
 # What torch needs for a GPU: it names the exact versions itself, and a CPU build has none of them.
 GPU_PARTS = ("nvidia-", "cuda-", "triton")
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
-# Allowed to be absent: the opponent of `dsv3 bench`, and the Jupyter that `dsv3 doctor` looks for.
-OPTIONAL = {"bench": {"transformers"}, "machine.py": {"jupyter-client", "jupyter-core"}}
+# Allowed to be absent: the opponent of `dsv3 bench`, the Jupyter that `dsv3 doctor` looks for, what multiplies FP8 on a GPU.
+OPTIONAL = {
+    "bench": {"transformers"},
+    "machine.py": {"jupyter-client", "jupyter-core"},
+    "fp8": {"triton", "deep-gemm"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +235,8 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_make_alone_lists_every_target(checkout: Checkout) -> None:
     listed = [line.split()[1] for line in checkout.make().stdout.splitlines()]
-    assert sorted(listed) == ["check-notebooks", "clean", "data", "help", "lab", "notebooks", "test", "test-browser"]
+    tests = ["test", "test-browser", "test-gpu"]
+    assert sorted(listed) == ["check-notebooks", "clean", "data", "help", "lab", "notebooks", *tests]
     assert checkout.asked() == ""
 
 
@@ -241,6 +246,25 @@ def test_the_first_make_installs_and_the_second_does_not(checkout: Checkout) -> 
     checkout.make("test")
     assert "pip" not in checkout.asked() and "venv" not in checkout.asked()
     assert [line.split()[1] for line in checkout.asked().splitlines()] == ["ruff", "ruff", "pytest"]
+
+
+@pytest.mark.parametrize("target", ["test", "test-gpu"])
+def test_triton_is_installed_for_tests_and_not_for_lessons(checkout: Checkout, target: str) -> None:
+    (checkout.folder / "lessons").mkdir()
+    assert checkout.make("lab").returncode == 0
+    assert "-e .[test]" in checkout.asked() and "kernels" not in checkout.asked()
+    assert checkout.make(target).returncode == 0
+    assert "-c constraints.txt -e .[test,kernels]" in checkout.asked()
+    checkout.make(target)
+    assert "pip" not in checkout.asked()
+
+
+def test_kernels_ask_for_what_their_own_reason_names(project: dict) -> None:
+    """And for no exact version: torch for CUDA has its own."""
+    (line,) = project["optional-dependencies"]["kernels"]
+    need = Requirement(line)
+    assert need.name == "triton" and {clause.operator for clause in need.specifier} == {">="}
+    assert f"pip install '{need.name}{need.specifier}'" in (ROOT / "environment.yml").read_text()
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])

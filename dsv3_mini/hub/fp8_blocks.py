@@ -5,6 +5,7 @@
     W = q * scale                   the "inv" is the file's: it multiplies
 
 A matrix whose sides are no multiples of 128 has narrower blocks at its right and lower edge; they have a scale like any.
+How numbers and scales are found is in fp8/quantize.py: a weight of FP8 training is a weight of the file.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv3_mini.fp8.quantize import quantize
+
 BLOCK = 128
-E4M3_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,6 @@ class Fp8Weight:
 
 
 def quantise_blocks(weight: Float[Tensor, "o i"]) -> Fp8Weight:
-    """The nearest E4M3 numbers under scale = amax / 448 per block, so that each block's largest number is exactly 448.
-
-    The padding at ragged edges is zeros, which never are a block's largest.
-    """
-    rows, columns = weight.shape
-    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = rearrange(padded, "(a p) (b q) -> a p b q", p=BLOCK, q=BLOCK)
-    amax = reduce(blocks.abs(), "a p b q -> a b", "max")
-    # A block of zeros would divide 0 by 0.
-    scale = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    q = rearrange(blocks / rearrange(scale, "a b -> a 1 b 1"), "a p b q -> (a p) (b q)")
-    return Fp8Weight(q[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale)
+    """The nearest E4M3 numbers under scale = amax / 448 per block, so that each block's largest number is exactly 448."""
+    blocks = quantize(weight, tile=(BLOCK, BLOCK))
+    return Fp8Weight(blocks.q, blocks.scale)

@@ -41,36 +41,52 @@ def from_pretrained(
         CheckpointError: the folder or one of its files cannot be used, or its tensors are not those that its config asks for.
         ConfigError: a field of config.json breaks a rule.
     """
+    tensors, model = open_checkpoint(folder, dtype, experts, mtp)
+    model.to_empty(device=device)
+    views = released_tensors(model)
+    for name, view in views.items():
+        view.copy_(as_dtype(tensors[name], view.dtype))
+    check_copies(tensors, model)
+    return model
+
+
+def open_checkpoint(
+    folder: str | Path, dtype: torch.dtype, experts: type[GroupedExperts] = GroupedExperts, mtp: bool = True
+) -> tuple[TensorFolder, DeepSeekV3]:
+    """A folder's tensors, and on meta the model that its config describes; they fit each other, by the files' headers.
+
+    Arguments and errors are those of `from_pretrained`.
+    """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
         raise CheckpointError(
             f"dtype = {dtype} cannot hold a model: use float32 or bfloat16 (read_tensors keeps FP8 as it is)"
         )
     tensors = read_tensors(folder)
     cfg = _read_config(Path(folder))
-    copies = shared_names(cfg)
     passed_over: set[str] = set()
     if not mtp:
         passed_over = {name for name in tensors if is_mtp_name(name, cfg)}
-        cfg, copies = cfg.replace(num_nextn_predict_layers=0), {}
+        cfg = cfg.replace(num_nextn_predict_layers=0)
 
     with torch.device("meta"):
         model = DeepSeekV3(cfg, experts).to(dtype)
     expected = released_tensors(model)
-    present_copies = {copy: main for copy, main in copies.items() if copy in tensors}
+    present_copies = {copy: main for copy, main in shared_names(cfg).items() if copy in tensors}
     shapes = {**expected, **{copy: expected[main] for copy, main in present_copies.items()}}
     _check(tensors, shapes, passed_over, cfg)
+    return tensors, model
 
-    model.to_empty(device=device)
+
+def check_copies(tensors: TensorFolder, model: DeepSeekV3) -> None:
+    """CheckpointError unless MTP's stored embeddings and heads are those that the loaded model has."""
     views = released_tensors(model)
-    for name, view in views.items():
-        view.copy_(as_dtype(tensors[name], view.dtype))
-    for copy, main in present_copies.items():
-        if not torch.equal(as_dtype(tensors[copy], dtype).to(device), views[main]):
+    for copy, main in shared_names(model.cfg).items():
+        own = views[main]
+        if copy in tensors and not torch.equal(as_dtype(tensors[copy], own.dtype).to(own.device), own):
             raise CheckpointError(
-                f"{folder}: {copy} differs from {main}: MTP shares the main model's; this package cannot hold a second one "
-                "(mtp=False loads without MTP)"
+                f"{tensors.folder}: {copy} differs from {main}: MTP shares the main model's; this package cannot hold a "
+                "second one (mtp=False loads without MTP)"
             )
-    return model
 
 
 def _read_config(folder: Path) -> ModelConfig:

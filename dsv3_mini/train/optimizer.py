@@ -28,8 +28,12 @@ class MasterAdamW:
         weight_decay: float,
         ema_decay: float,
         start: Mapping[str, Tensor] | None = None,
+        moments: torch.dtype = torch.float32,
     ) -> None:
-        """`start`: the FP32 weights that the model was rounded from; without it, masters start at the rounded ones."""
+        """`start`: the FP32 weights that the model was rounded from; without it, masters start at the rounded ones.
+
+        `moments`: what Adam's two moments are kept in between steps; BF16 in an FP8 run (report section 3.3.3).
+        """
         self.parameters = dict(model.named_parameters())
         start = start or self.parameters
         self.masters = {
@@ -40,6 +44,7 @@ class MasterAdamW:
         others = [m for m in self.masters.values() if m.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        self.moments = moments
         self.ema_decay = ema_decay
         # The average is read rarely: it lies in the CPU's memory, and leaves a GPU's to the training (report section 3.2.3).
         self.ema = {n: m.detach().to("cpu", copy=True) for n, m in self.masters.items()} if ema_decay else {}
@@ -84,7 +89,9 @@ class MasterAdamW:
         """Update the masters, their moving average and the model, and forget the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
+        self._hold_moments(torch.float32)
         self.adamw.step()
+        self._hold_moments(self.moments)
         self.adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
             if self.ema:
@@ -119,6 +126,12 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.copy_(self.masters[name])
+
+    def _hold_moments(self, dtype: torch.dtype) -> None:
+        """AdamW computes in FP32; of moments kept in BF16 that makes a copy for the time of a step."""
+        for state in self.adamw.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(dtype)
 
 
 def own_piece(weight: Tensor) -> Tensor:

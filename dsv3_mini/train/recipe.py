@@ -38,7 +38,7 @@ class Recipe:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.99
-    precision: str = "fp32"  # or "bf16": weights and activations; the optimizer keeps FP32 masters either way
+    precision: str = "fp32"  # or "bf16", "fp8": of weights and activations; the optimizer keeps FP32 masters always
     head_from_embedding: bool = False  # start the head as a copy of the embedding; they part with the first step
     seed: int = 0
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
@@ -63,8 +63,8 @@ class Recipe:
             raise ConfigError(f"clip_norm = {self.clip_norm!r} must be a number above 0")
         if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay = {self.ema_decay!r} must be at least 0 and below 1")
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(f"precision = {self.precision!r} must be 'fp32' or 'bf16'")
+        if self.precision not in ("fp32", "bf16", "fp8"):
+            raise ConfigError(f"precision = {self.precision!r} must be 'fp32', 'bf16' or 'fp8'")
         betas = self.betas if isinstance(self.betas, tuple) else ()
         if len(betas) != 2 or not all(_is_number(value) and 0 <= value < 1 for value in betas):
             raise ConfigError(f"betas = {self.betas!r} must be two numbers, at least 0 and below 1")

@@ -28,6 +28,7 @@ from dsv3_mini.data.stream import TokenStream
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import CheckpointError, ConfigError, UserError
 from dsv3_mini.files import write_text
+from dsv3_mini.fp8.convert import to_fp8
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
 from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints
@@ -37,7 +38,7 @@ from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import ALONE, Replicas
 from dsv3_mini.train.run_log import NoLog, RunLog
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of all that is not FP8
 
 
 class Diverged(UserError):
@@ -119,8 +120,11 @@ class Trainer:
         if recipe.head_from_embedding:
             with torch.no_grad():
                 model.lm_head.weight.copy_(model.embed_tokens.weight)
-        self.model, start = replicas.divide(model, DTYPES[recipe.precision])
-        self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start)
+        fp8 = recipe.precision == "fp8"
+        # The twin's linears stay FP32 in `to`: they are their own masters, and what they multiply is rounded to FP8.
+        self.model, start = replicas.divide(to_fp8(model) if fp8 else model, DTYPES[recipe.precision])
+        moments = torch.bfloat16 if fp8 else torch.float32
+        self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start, moments)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stream = self._open_stream(round(recipe.context(0)))
         self.last_saved: Path | None = None

@@ -122,7 +122,7 @@ def test_a_schedule_given_with_a_length_is_taken_as_it_is() -> None:
         (dict(betas=(0.9, 1.0)), "betas = (0.9, 1.0)"),
         (dict(betas=0.9), "betas = 0.9"),
         (dict(betas=(0.9,)), "betas = (0.9,)"),
-        (dict(precision="fp8"), "precision = 'fp8'"),
+        (dict(precision="fp4"), "precision = 'fp4'"),
         (dict(learning_rate=3e-4), "learning_rate = 0.0003"),
         (dict(batch_size=8), "batch_size = 8"),
         (dict(learning_rates=constant("learning_rate", 1e-3)), "did you mean learning_rate?"),

@@ -1,0 +1,111 @@
+"""The routed experts in FP8: three grouped GEMMs forward and backward, and one small GEMM per expert for its weights.
+
+    rows    [Tk d]  what dispatch sent: quantised with power-of-two scales, as it travels between machines
+    gate_up = rows W_gu[e]^T          grouped: rows of expert e by weights of expert e
+    hidden  = gate * swiglu(gate_up)
+    results = hidden W_down[e]^T      grouped; BF16, as `combine` adds them up
+
+Tiles of 1x128 lie within a row, so it makes no difference whether rows are quantised before they are sent or after. Rows and
+gate_up are kept for backward, both in E4M3; hidden is computed again (`swiglu.py`). Quantised are also the gradients that come
+back to the experts, which travel the same way.
+
+Wgrad sums over an expert's own rows: its tiles of 128 tokens begin with them. An expert that no token chose has a gradient of
+zeros.
+
+Simplification: gradients of weights are a loop over experts, where kernels for Hopper take all groups in one launch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsv3_mini.fp8.gemm import grouped_gemm, groups
+from dsv3_mini.fp8.linear import Fp32Weights, wgrad
+from dsv3_mini.fp8.quantize import Quantized
+from dsv3_mini.fp8.recipe import REPORT, Fp8Recipe
+from dsv3_mini.model.experts import Dispatched, GroupedExperts, gated
+
+
+class FP8GroupedExperts(Fp32Weights, GroupedExperts):
+    """All routed experts of a layer; the parameters of GroupedExperts, FP32 as masters are."""
+
+    recipe: Fp8Recipe = REPORT
+
+    def compute(self, sent: Dispatched, weight: Float[Tensor, " Tk"]) -> Float[Tensor, "Tk d"]:
+        ends = sent.load.cumsum(0).to(torch.int32)
+        return _Experts.apply(sent.rows, weight, self.gate_up_proj, self.down_proj, ends, self.recipe)
+
+    def combine(
+        self, x: Float[Tensor, "T d"], results: Float[Tensor, "Tk d"], sent: Dispatched
+    ) -> Float[Tensor, "T d"]:
+        return _Combine.apply(results, sent.token, len(x))
+
+
+class _Experts(torch.autograd.Function):
+    """results of rows and gates, with rows and gate_up kept in FP8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, gates: Tensor, w_gate_up: Tensor, w_down: Tensor, ends: Tensor, recipe: Fp8Recipe
+    ) -> Tensor:
+        x = recipe.activation(rows, power_of_two=True)
+        gate_up = grouped_gemm(x, recipe.weight(w_gate_up), ends, recipe.backend, rows.dtype)
+        kept = recipe.activation(gate_up)
+        hidden = recipe.activation(gated(gate_up, gates))
+        ctx.save_for_backward(x.q, x.scale, kept.q, kept.scale, gates, w_gate_up, w_down, ends)
+        ctx.x_as, ctx.kept_as = ((one.tile, one.fmt, one.columns) for one in (x, kept))
+        ctx.recipe = recipe
+        return grouped_gemm(hidden, recipe.weight(w_down), ends, recipe.backend, rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_q, x_scale, kept_q, kept_scale, gates, w_gate_up, w_down, ends = ctx.saved_tensors
+        recipe, backend = ctx.recipe, ctx.recipe.backend
+        with torch.enable_grad():
+            gate_up = Quantized(kept_q, kept_scale, *ctx.kept_as).dequantize().requires_grad_()
+            weigh = gates.detach().requires_grad_()
+            hidden = gated(gate_up, weigh)
+        d_hidden = grouped_gemm(
+            recipe.gradient(dy, power_of_two=True), recipe.weight(w_down).transpose(), ends, backend, torch.float32
+        )
+        d_down = grouped_wgrad(dy, hidden.detach(), ends, recipe)
+        d_gate_up, d_gates = torch.autograd.grad(hidden, (gate_up, weigh), d_hidden)
+        dx = grouped_gemm(recipe.gradient(d_gate_up), recipe.weight(w_gate_up).transpose(), ends, backend, dy.dtype)
+        rows = Quantized(x_q, x_scale, *ctx.x_as).dequantize()
+        d_gate_up_weight = grouped_wgrad(d_gate_up, rows, ends, recipe, power_of_two=True)
+        return dx, d_gates, d_gate_up_weight.to(w_gate_up.dtype), d_down.to(w_down.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Add results up per token. Torch's index_add keeps them for backward, in BF16, and uses nothing of them but their shape."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Tensor, token: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(token)
+        return results.new_zeros(tokens, results.shape[1]).index_add_(0, token, results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (token,) = ctx.saved_tensors
+        return grad.index_select(0, token), None, None
+
+
+def grouped_wgrad(
+    dy: Float[Tensor, "T o"],
+    x: Float[Tensor, "T i"],
+    ends: Int[Tensor, " e"],
+    recipe: Fp8Recipe,
+    power_of_two: bool = False,
+) -> Float[Tensor, "e o i"]:
+    """dW[e] = dy^T x over the rows of expert e, in FP32; zeros where it has none."""
+    gradient = dy.new_zeros(len(ends), dy.shape[1], x.shape[1], dtype=torch.float32)
+    for expert, start, end in groups(ends):
+        gradient[expert] = wgrad(dy[start:end], x[start:end], recipe, power_of_two)
+    return gradient
