@@ -215,7 +215,7 @@ def step_beside(folder: str, context: int) -> Step:
     reader.keep([context])
     tokens = torch.arange(STEPS)[:, None, None] % cfg.vocab_size
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step() -> float:
         for token in tokens:
             states = reader.read(token)

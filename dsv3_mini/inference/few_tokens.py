@@ -9,8 +9,8 @@ they can be had in, one token or a handful of a row at a time, after a cache:
                   are the keys themselves (the rope part of the result is dropped)
     rotations     of queries and keys together, from a table
     norms         x / sqrt(|x|^2 + d eps) * (w sqrt(d)): the root is the long side of a right-angled triangle, one call
-    experts       where few are visited, and small, their weights are brought side by side: then one product is all of a
-                  token's experts. Else as in `model/experts.py`, each token where it was sent
+    experts       where few are visited, and small, their weights are brought side by side, always to the same place in
+                  memory: then two products are all of a token's experts. Else as in `model/experts.py`
 
 No weight is copied or changed, so there is nothing to keep up to date. `fits` says which models this stands for: one
 whose parts are the package's own. Others (quantised, spread over processes, watched by hooks) are run as they are.
@@ -175,10 +175,10 @@ class _Attention:
     ) -> Float[Tensor, "T d"]:
         """x, and added to it what attention makes of `normed`."""
         query_latent = normed if self.query_down is None else self.query_norm(F.linear(normed, self.query_down))
-        query = F.linear(query_latent, self.query_up).unflatten(-1, (self.heads, -1))  # T h (n + r)
+        query = F.linear(query_latent, self.query_up).view(len(x), self.heads, -1)  # T h (n + r)
         down = F.linear(normed, self.down)  # T (c + r)
         roped = torch.cat([query[..., self.nope :], down[:, None, self.latent :]], dim=1)  # the key as one head more
-        pairs = torch.view_as_complex(roped.float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(roped.float().view(len(x), self.heads + 1, -1, 2))
         roped = torch.view_as_real(pairs * at.turn).flatten(-2).type_as(normed)
         new = torch.cat([self.norm(down[:, : self.latent]), roped[:, -1]], dim=-1)
         kept = cache.append(new.view(at.rows, at.new, -1))[:, None]  # b 1 t (c + r)
@@ -214,6 +214,7 @@ class _Mixture:
         self.score, self.weight = layer.gate.score, layer.gate.weight.detach().float()
         self.bias = layer.gate.e_score_correction_bias
         self.gate_up, self.down = gate_up, down
+        self.room: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, normed: Float[Tensor, "T d"], x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
         if self.shared is not None:
@@ -222,12 +223,23 @@ class _Mixture:
         tokens, k = chosen.shape
         if tokens * k * self.size > GATHERED:
             return x + self.experts(normed, chosen, gates, expert_load(chosen[None], self.n_experts))
-        visited = chosen.flatten()
-        gate_up = self.gate_up.index_select(0, visited).view(tokens, -1, normed.shape[-1])  # T (k 2f) d
+        gate_up, down = self.brought(chosen.flatten())
+        gate_up = gate_up.view(tokens, -1, normed.shape[-1])  # T (k 2f) d
         gate, up = torch.bmm(gate_up, normed[..., None]).view(tokens * k, -1).chunk(2, dim=-1)
-        inner = F.silu(gate) * up * gates.view(-1, 1).type_as(up)
-        routed = torch.bmm(self.down.index_select(0, visited), inner[..., None])  # (T k) d 1
+        inner = (F.silu(gate) * up).mul_(gates.view(-1, 1))
+        routed = torch.bmm(inner[:, None], down.transpose(1, 2))  # (T k) 1 d
         return x + routed.view(tokens, k, -1).sum(dim=1)
+
+    def brought(self, visited: Int[Tensor, " Tk"]) -> tuple[Float[Tensor, "Tk 2f d"], Float[Tensor, "Tk d f"]]:
+        """Copies of the visited experts' matrices. The place for them is taken once: for new memory, the system's
+        first writes to it cost as much as the products."""
+        if self.room is None or len(self.room[0]) != len(visited):
+            self.room = tuple(each.new_empty(len(visited), *each.shape[1:]) for each in (self.gate_up, self.down))
+        gate_up, down = self.room
+        return (
+            torch.index_select(self.gate_up, 0, visited, out=gate_up),
+            torch.index_select(self.down, 0, visited, out=down),
+        )
 
     def route(self, normed: Float[Tensor, "T d"]) -> tuple[Int[Tensor, "T k"], Float[Tensor, "T k"]]:
         """The choices and gates of `model/router.py`, in FP32."""
@@ -235,7 +247,7 @@ class _Mixture:
         scores = self.score(F.linear(normed.float(), self.weight))
         preference = scores if self.bias is None else scores + self.bias
         if rule.topk_group < rule.n_group:
-            grouped = preference.unflatten(-1, (rule.n_group, -1))
+            grouped = preference.view(len(normed), rule.n_group, -1)
             rank = grouped.topk(2, dim=-1).values.sum(dim=-1)
             outside = torch.full_like(rank, -torch.inf)
             outside.scatter_(1, rank.topk(rule.topk_group, dim=-1).indices, 0.0)

@@ -29,7 +29,7 @@ class Prefix:
         DataError: fewer than two tokens, unknown ones, or more than the model's context holds with one to come.
     """
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __init__(self, model: DeepSeekV3, tokens: Sequence[int], use_mtp: bool = False) -> None:
         (self.tokens,) = checked_prompts([tokens], model, max_new_tokens=1)
         if len(self.tokens) < 2:

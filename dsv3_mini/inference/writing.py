@@ -127,7 +127,7 @@ class Writing:
             pass
         return self
 
-    @torch.no_grad()
+    @torch.inference_mode()  # no bookkeeping for gradients at all: a quarter of what a small kernel costs
     def _write(self) -> Iterator[list[list[int]]]:
         reader, drafter, unread = self._begin()
         kept = [len(prompt) for prompt in unread]

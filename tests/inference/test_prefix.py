@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv3_mini.errors import ConfigError, DataError
 from dsv3_mini.inference import Prefix, complete
+from dsv3_mini.inference.writing import Reader
 from dsv3_mini.model import DeepSeekV3
 
 PREFIX = [3, 1, 4, 1, 5, 2, 0, 5, 3]
@@ -49,13 +50,13 @@ def test_drafts_behind_a_prefix_hold_as_often(modules: int) -> None:
 
 def test_it_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = few_words(), []
-    main_states = DeepSeekV3.main_states
+    original = Reader.read
 
-    def watched(self: DeepSeekV3, tokens: Tensor, *rest: Any, **more: Any) -> Any:
+    def watched(self: Reader, tokens: Tensor) -> Tensor:
         read.append(tuple(tokens.shape))
-        return main_states(self, tokens, *rest, **more)
+        return original(self, tokens)
 
-    monkeypatch.setattr(DeepSeekV3, "main_states", watched)
+    monkeypatch.setattr(Reader, "read", watched)
     prefix = Prefix(model, PREFIX)
     complete(model, endings([4, 4]), 3, prefix=prefix)
     complete(model, endings([0]), 1, prefix=prefix)
