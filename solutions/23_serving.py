@@ -80,7 +80,7 @@ placement_figure(both, loads["code"], layer=int(loads["code"].amax(dim=1).argmax
 # | overlap | two micro-batches in turn | |
 #
 # A **redundant** expert is a second place for an expert that has one already; the places of one expert are its
-# **replicas**. The report names three steps to balance and no equation, so here is the one that all of it is about. With
+# **replicas**. All of it is about one quantity, how long the busiest GPU keeps the others waiting. With
 # $\ell_i$ for the load of expert $i$, $r_i$ for its replicas, and $S_g$ for the slots (places) of GPU $g$:
 #
 # $$ \text{time of a layer} \propto \max_g \sum_{i \in S_g} \frac{\ell_i}{r_i} $$
@@ -524,8 +524,8 @@ check.choose_slots(choose_slots)
 # %% [markdown] tags=["at-671b"]
 # ## At 671B
 #
-# 58 sparse layers of 256 experts, on the report's two units. How unevenly the released experts are loaded in use is not
-# published, so we invent a load in which the busiest expert of a layer has some eight times the mean.
+# 58 sparse layers of 256 experts, on the report's two units. How unevenly the released experts are loaded in use we do not
+# know, so we invent a load in which the busiest expert of a layer has some seven times the mean.
 
 # %%
 from dsv3_mini.ledger import count_parameters

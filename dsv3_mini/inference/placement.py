@@ -34,7 +34,7 @@ from dsv3_mini.errors import ConfigError, DataError
 from dsv3_mini.inference.bins import bin_load, exchange, sort_greedily
 
 CLOSE_ENOUGH = 1.005  # times the bound: a layer below it is left in peace
-MOST_COUNTS = 500  # ways to share out the slots that are all tried: small problems are solved so
+MOST_COUNTS = 7000  # ways to share out the slots that are all tried: small problems are solved so
 CANDIDATES = 3  # in large ones: experts that may give a replica, and experts that may get one, ...
 MOST_CHANGES = 4  # ... so many times
 
@@ -156,12 +156,18 @@ def _globally(load: Tensor, slots: int, gpus: int, bound: Float[Tensor, " l"]) -
             tried = _other_counts(load[rows], replicas[rows])
         else:
             tried = repeat(all_counts, "c e -> l c e", l=len(rows))
-        several, goals = (repeat(each[rows], "l ... -> (l c) ...", c=tried.shape[1]) for each in (load, goal))
-        filled, peaks = _fill(several, tried.flatten(0, 1), gpus, goals)
-        best_peak, best = peaks.view(len(rows), -1).min(dim=1)
-        better, choice = best_peak < peak[rows], torch.arange(len(rows)) * tried.shape[1] + best
-        rows, choice, best_peak = rows[better], choice[better], best_peak[better]
-        held[rows], peak[rows], replicas[rows] = filled[choice], best_peak, tried.flatten(0, 1)[choice]
+        better = torch.zeros(len(rows), dtype=torch.bool)
+        for some in torch.arange(len(rows)).split(
+            max(1, MOST_COUNTS // tried.shape[1])
+        ):  # as many as memory is meant for
+            own, ways = rows[some], tried[some].flatten(0, 1)
+            several, goals = (repeat(each[own], "l ... -> (l c) ...", c=tried.shape[1]) for each in (load, goal))
+            filled, peaks = _fill(several, ways, gpus, goals)
+            best_peak, best = peaks.view(len(own), -1).min(dim=1)
+            helps, choice = best_peak < peak[own], torch.arange(len(own)) * tried.shape[1] + best
+            better[some], own, choice = helps, own[helps], choice[helps]
+            held[own], peak[own], replicas[own] = filled[choice], best_peak[helps], ways[choice]
+        rows = rows[better]
     return held
 
 
