@@ -79,9 +79,8 @@ class MasterAdamW:
         self.collect_gradients()
         masters = list(self.masters.values())
         norm = nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
-        if (
-            clip_norm < norm < torch.inf
-        ):  # torch's own scales by 1, a pass over all gradients, where nothing is too long
+        # Where nothing is too long torch would multiply by 1: a pass over all gradients.
+        if clip_norm < norm < torch.inf:
             nn.utils.clip_grads_with_norm_(masters, clip_norm, norm)
         return norm
 
