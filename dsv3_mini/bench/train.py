@@ -21,7 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.hub import from_pretrained, save_pretrained
 from dsv3_mini.ledger import flops_per_token
 from dsv3_mini.model import DeepSeekV3
+
+if TYPE_CHECKING:
+    from dsv3_mini.train.trainer import Trainer
 
 SPEED_BAR, SPEED_AIM, MEMORY_BAR = 1.6, 2.0, 0.8
 AGREEMENT = 1e-5
@@ -169,25 +172,30 @@ def _verdict(met: bool) -> str:
 def our_step(folder: str, batch: int, context: int) -> Step:
     """`Trainer.train_step` itself, on rows that are here already, in a process set up as `dsv3 train` sets it up."""
     from dsv3_mini.hub.names import released_tensors
+
+    weights = from_pretrained(folder)
+    trainer = trainer_for(str(Path(folder).parent / "run"), weights.cfg, batch, context)
+    with torch.no_grad():
+        views = released_tensors(weights)
+        for name, parameter in released_tensors(trainer.model).items():
+            parameter.copy_(views[name])
+    return lambda: trainer.train_step().loss
+
+
+def trainer_for(folder: str, cfg: ModelConfig, batch: int, context: int) -> Trainer:
+    """A trainer whose batches are random rows that are here already, one micro-batch each, in a process as `dsv3 train` has it."""
     from dsv3_mini.train.allocator import keep_freed_memory
     from dsv3_mini.train.recipe import Recipe
     from dsv3_mini.train.schedules import constant
     from dsv3_mini.train.trainer import Trainer
 
     keep_freed_memory()
-    weights = from_pretrained(folder)
-    cfg = weights.cfg
     rows = _Rows(cfg.vocab_size, batch, context)
     recipe = Recipe.preset(
         "tiny", total_tokens=10**9, batch_size=constant("batch_size", batch), context=constant("context", context),
         learning_rate=constant("learning_rate", 1e-3), gamma=constant("gamma", 1e-3), micro_batch=batch,
     )  # fmt: skip
-    trainer = Trainer(Path(folder).parent / "run", cfg, recipe, tokenizer=rows, open_stream=lambda _: rows)
-    with torch.no_grad():
-        views = released_tensors(weights)
-        for name, parameter in released_tensors(trainer.model).items():
-            parameter.copy_(views[name])
-    return lambda: trainer.train_step().loss
+    return Trainer(Path(folder), cfg, recipe, tokenizer=rows, open_stream=lambda _: rows)
 
 
 def their_step(folder: str, batch: int, context: int, fused: bool | None = None, **options: str) -> Step:

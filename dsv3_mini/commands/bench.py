@@ -29,12 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--prompt", type=whole(1), default=24, help="tokens in each prompt (default: 24)")
     generate.add_argument("--new", type=whole(2), default=128, help="tokens to write in each row (default: 128)")
     generate.add_argument("--drafts", type=whole(1), help="tokens that MTP drafts in each pass (default: one a module)")
+    what.add_parser("halves", parents=[shared], help="a training step with its rows in two halves, and in one piece")
     what.add_parser("loss", parents=[shared], help="cross-entropy in chunks, beside all logits at once")
     what.add_parser("attention", parents=[shared], help="MLA's attention: padded, unequal widths, explicit softmax")
 
 
 def run(args: argparse.Namespace) -> int:
-    from dsv3_mini.bench import attention, generate, loss, train
+    from dsv3_mini.bench import attention, generate, halves, loss, train
 
     if args.what == "train":
         result = train.run(
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == "generate":
         result = generate.run(args.model, args.prompt, args.new, args.drafts, args.rounds, args.threads)
         print(generate.render(result))
+    elif args.what == "halves":
+        print(halves.render(halves.run(rounds=args.rounds, threads=args.threads)))
     elif args.what == "loss":
         print(loss.render(loss.run(rounds=args.rounds, threads=args.threads)))
     else:

@@ -32,7 +32,8 @@ from dsv3_mini.fp8.convert import to_fp8
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
 from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints
-from dsv3_mini.train.losses import training_losses
+from dsv3_mini.train.halves import Halves
+from dsv3_mini.train.losses import Losses, training_losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import ALONE, Replicas
@@ -112,6 +113,9 @@ class Trainer:
             )
         self.folder, self.cfg, self.recipe, self.tokenizer, self.device = folder, cfg, recipe, tokenizer, device
         self.replicas = replicas
+        # In FP32 alone: gradients in BF16 are added up in FP32, by the optimizer, and FP8 weights are rounded once for all.
+        alone = device == "cpu" and recipe.precision == "fp32" and replicas.count == 1
+        self.halves = Halves(torch.get_num_threads() if alone else 1)
         self._open_stream = open_stream or self._default_stream
         self._refuse_other_run()
         torch.manual_seed(recipe.seed)
@@ -145,16 +149,21 @@ class Trainer:
         rows = self._next_rows(batch_size).to(self.device)
         _, all_targets = inputs_and_targets(rows, self.tokenizer.pad_id)
         counter, sums = LoadCounter(), torch.zeros(3, device=self.device)
-        parts = self.replicas.own_parts(rows, recipe.micro_batch)
-        for number, part in enumerate(parts, start=1):
-            self.replicas.before_micro_batch(self.model, last=number == len(parts))
+
+        def learn(part: Int[Tensor, "b s1"]) -> Losses:
             inputs, targets = inputs_and_targets(part, self.tokenizer.pad_id)
             losses = training_losses(self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets)
             self._require_finite(losses.total, "loss")
             losses.total.backward()
+            return losses
+
+        parts = self.replicas.own_parts(rows, recipe.micro_batch)
+        for number, part in enumerate(parts, start=1):
+            self.replicas.before_micro_batch(self.model, last=number == len(parts))
+            for losses in self.halves.map(learn, part):
+                counter.add(losses.routing)
+                sums += torch.stack([losses.main, losses.mtp, losses.balance])
             self.optimizer.collect_gradients()
-            counter.add(losses.routing)
-            sums += torch.stack([losses.main, losses.mtp, losses.balance])
         if self.replicas.count > 1:
             self.replicas.sum_gradients(self.optimizer.gradients(resting=None if mtp_lambda else "mtp."))
             self.replicas.add_up([sums])

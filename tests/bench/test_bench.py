@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from dsv3_mini.bench import attention, loss, race, train
+from dsv3_mini.bench import attention, halves, loss, race, train
 from dsv3_mini.bench.machine import gemm_limit
 from dsv3_mini.bench.race import BenchError, Lap, Side, cpu_ratio, speed_ratio
 from dsv3_mini.cli import main
@@ -137,6 +137,14 @@ def test_the_bench_of_the_loss_compares_equal_losses() -> None:
     assert case.logits_bytes == 4 * 4000 * 6000
     assert case.plain.above > case.logits_bytes > case.chunked.above  # the plain way holds them all, ours does not
     assert "96 MB" in loss.render(result)
+
+
+def test_the_bench_of_halves_takes_the_same_steps_both_ways() -> None:
+    (case,) = halves.run(cases=(("nano", 4, 32),), rounds=2, threads=2).cases
+    assert case.halves.values == pytest.approx(case.whole.values, rel=1e-4)
+    assert case.halves.values != case.whole.values, "the order of sums tells the two apart"
+    with pytest.raises(BenchError, match="threads = 1: halves need two threads"):
+        halves.run(threads=1)
 
 
 def test_the_bench_of_attention_compares_equal_outputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
