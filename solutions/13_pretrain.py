@@ -315,7 +315,8 @@ same(clip, package_clip, ([matrix, vector], 1.0), ([0.01 * matrix, 0.01 * vector
 
 # %% [markdown]
 # And this is the loop. One step is a page: ask the schedules, read a batch, go through it in micro-batches, clip, step,
-# and move the biases. Find your four functions in it.
+# and move the biases. Find your four functions in it. (`halves` are the rows of a micro-batch as two, learnt from at one
+# time where a processor has threads for both; `replicas` are other processes with rows of their own, here none.)
 
 # %%
 from dsv3_mini.train.trainer import Trainer

@@ -96,7 +96,7 @@ class MultiHeadLatentAttention(nn.Module):
         many, for each new one. In exchange a query meets a key in 2c + r numbers on the latents, in n + r + v on the heads.
         Where nothing was cached, expanded: all keys are new, and torch's causal kernel wants them built.
         """
-        latent = self.kv_b_proj.in_features
+        latent = self.kv_a_layernorm.weight.shape[0]
         up, wider = latent * (self.nope + self.value), 2 * latent - self.nope - self.value
         return new < context and new * (up + context * wider) < context * up
 

@@ -19,12 +19,19 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 Result = TypeVar("Result")
+LEAST = 2**16
+"""Numbers in a half's hidden states, at least: with fewer, Python's calls are what a step takes, and they do not run at one time."""
 
 
 class Halves:
-    """`map(work, rows)`: work(rows) as a list of one, or, with two threads or more, work of each half of the rows."""
+    """`map(work, rows)`: work(rows) as a list of one or, where it pays, work of each half of the rows.
 
-    def __init__(self, threads: int) -> None:
+    Args:
+        threads: of this process; with one there is nothing to share. width: of the model (hidden_size).
+    """
+
+    def __init__(self, threads: int, width: int) -> None:
+        self._width = width
         self._pool: ThreadPoolExecutor | None = None
         if threads > 1:
             # A thread's share is its own setting: what is set here holds for the halves alone.
@@ -32,7 +39,7 @@ class Halves:
 
     def map(self, work: Callable[[Tensor], Result], rows: Shaped[Tensor, "b s"]) -> list[Result]:
         """What `work` returns, in the order of the rows. What it raises is raised here, once both halves have ended."""
-        if self._pool is None or len(rows) < 2:
+        if self._pool is None or len(rows) < 2 or rows.numel() // 2 * self._width < LEAST:
             return [work(rows)]
         pending = [self._pool.submit(work, half) for half in rows.tensor_split(2)]
         wait(pending)

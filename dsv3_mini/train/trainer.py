@@ -115,7 +115,7 @@ class Trainer:
         self.replicas = replicas
         # In FP32 alone: gradients in BF16 are added up in FP32, by the optimizer, and FP8 weights are rounded once for all.
         alone = device == "cpu" and recipe.precision == "fp32" and replicas.count == 1
-        self.halves = Halves(torch.get_num_threads() if alone else 1)
+        self.halves = Halves(torch.get_num_threads() if alone else 1, cfg.hidden_size)
         self._open_stream = open_stream or self._default_stream
         self._refuse_other_run()
         torch.manual_seed(recipe.seed)

@@ -140,7 +140,7 @@ def test_the_bench_of_the_loss_compares_equal_losses() -> None:
 
 
 def test_the_bench_of_halves_takes_the_same_steps_both_ways() -> None:
-    (case,) = halves.run(cases=(("nano", 4, 32),), rounds=2, threads=2).cases
+    (case,) = halves.run(cases=(("nano", 8, 256),), rounds=2, threads=2).cases
     assert case.halves.values == pytest.approx(case.whole.values, rel=1e-4)
     assert case.halves.values != case.whole.values, "the order of sums tells the two apart"
     with pytest.raises(BenchError, match="threads = 1: halves need two threads"):

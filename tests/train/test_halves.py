@@ -9,7 +9,7 @@ import pytest
 import torch
 from nano_runs import NANO, nano_recipe, small_tokenizer
 
-from dsv3_mini.train.halves import Halves
+from dsv3_mini.train.halves import LEAST, Halves
 from dsv3_mini.train.trainer import Trainer
 
 
@@ -31,11 +31,12 @@ def run(folder: Path, steps: int = 4) -> tuple[list[float], dict[str, torch.Tens
 def test_halves_take_the_steps_of_the_whole(tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows: halves of three and two. Sums come in another order, so FP32 rounds them another way; Adam divides small
     gradients by themselves, so weights may part by a thousandth of a step of 3e-3 each time."""
+    monkeypatch.setattr("dsv3_mini.train.halves.LEAST", 1)  # a test's rows are few
     numbers, weights = run(tmp_path / "halves")
     again = run(tmp_path / "again")
     assert numbers == again[0], "whoever comes first, the same numbers to the bit"
     assert all(torch.equal(weights[name], again[1][name]) for name in weights)
-    monkeypatch.setattr("dsv3_mini.train.trainer.Halves", lambda threads: Halves(1))
+    monkeypatch.setattr("dsv3_mini.train.trainer.Halves", lambda threads, width: Halves(1, 1))
     whole_numbers, whole_weights = run(tmp_path / "whole")
     assert numbers == pytest.approx(whole_numbers, rel=1e-4) and numbers != whole_numbers
     for name, weight in weights.items():
@@ -49,13 +50,14 @@ def test_each_half_has_its_share_of_the_threads_and_both_run_at_one_time() -> No
         meeting.wait()  # passed only when the other half is here too
         return rows[:, 0].tolist(), torch.get_num_threads()
 
-    assert Halves(5).map(work, torch.arange(10).reshape(5, 2)) == [([0, 2, 4], 2), ([6, 8], 2)]
+    assert Halves(5, LEAST).map(work, torch.arange(10).reshape(5, 2)) == [([0, 2, 4], 2), ([6, 8], 2)]
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("threads", "rows"), [(1, 4), (8, 1)])
-def test_what_cannot_be_halved_is_done_whole(threads: int, rows: int) -> None:
-    assert Halves(threads).map(len, torch.zeros(rows, 3)) == [rows]
+@pytest.mark.parametrize(("threads", "rows", "width"), [(1, 4, LEAST), (8, 1, LEAST), (8, 4, LEAST // 6 - 1)])
+def test_what_cannot_be_halved_or_is_small_is_done_whole(threads: int, rows: int, width: int) -> None:
+    assert Halves(threads, width).map(len, torch.zeros(rows, 3)) == [rows]
+    assert Halves(2, LEAST // 6 + 1).map(len, torch.zeros(4, 3)) == [2, 2]
 
 
 def test_what_one_half_raises_is_raised_when_both_have_ended() -> None:
@@ -68,5 +70,5 @@ def test_what_one_half_raises_is_raised_when_both_have_ended() -> None:
         ended.set()
 
     with pytest.raises(ValueError, match="the first half"):
-        Halves(2).map(work, torch.arange(4).reshape(2, 2))
+        Halves(2, LEAST).map(work, torch.arange(4).reshape(2, 2))
     assert ended.is_set()
