@@ -265,11 +265,10 @@ def test_what_ships_holds_every_way_of_its_sizes_for_the_same_seeds() -> None:
             assert max(first) - min(first) < 0.02, "the same weights and text, before the first step"
 
 
-@pytest.mark.skipif(
-    "tiny" not in recorded().sizes, reason="python -m dsv3_mini.course.fp8_runs has not recorded tiny yet"
-)
+@pytest.mark.xfail(strict=True, reason="tiny is not recorded yet: python -m dsv3_mini.course.fp8_runs --sizes tiny")
 def test_fp8_stays_within_the_reports_line_of_bf16_at_tiny() -> None:
     """The bar of the issue: 300 steps or more, the same data and seeds, less than 0.25% over the last third."""
+    assert "tiny" in recorded().sizes
     for seed in recorded().seeds("tiny"):
         assert len(recorded().run("tiny", REPORTS, seed).loss) >= 300
         assert abs(recorded().gap("tiny", REPORTS, seed)) < LINE
