@@ -60,7 +60,9 @@ def outlier_explorer() -> Explorer:
         "a scale for each tile. Beside them, curves of the error of all other numbers by the size of the outlier, in FP8 and "
         "in 8-bit whole numbers.",
         size=ipywidgets.SelectionSlider(
-            options=[(f"{size:,.0f}", size) for size in SIZES], value=SIZES[9], description="the outlier"
+            options=[(f"{size:,.0f}" if size < 1e6 else f"{size / 1e6:.1f}M", size) for size in SIZES],
+            value=SIZES[9],
+            description="the outlier",
         ),
         channel=ipywidgets.IntSlider(value=200, min=0, max=511, description="its channel"),
         token=ipywidgets.IntSlider(value=3, min=0, max=7, description="its token"),
