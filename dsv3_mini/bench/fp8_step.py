@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from dsv3_mini.bench.machine import describe
 from dsv3_mini.bench.race import BenchError, Lap, Side, Step, cpu_ratio, race, speed_ratio
+from dsv3_mini.bench.step import trainer_for
 from dsv3_mini.config import ModelConfig
 
 PRECISIONS = ("fp32", "bf16", "fp8")
@@ -81,30 +79,8 @@ def render(result: Result) -> str:
 
 def step_in(folder: str, preset: str, batch: int, context: int, precision: str) -> Step:
     """`Trainer.train_step` in one precision; runs in a process of its own."""
-    from dsv3_mini.train.recipe import Recipe
-    from dsv3_mini.train.schedules import constant
-    from dsv3_mini.train.trainer import Trainer
-
-    cfg = ModelConfig.preset(preset)
-    rows = _Rows(cfg.vocab_size, batch, context)
-    recipe = Recipe.preset(
-        "tiny", batch_size=constant("batch_size", batch), context=constant("context", context),
-        learning_rate=constant("learning_rate", 1e-3), micro_batch=batch, precision=precision,
-    )  # fmt: skip
-    trainer = Trainer(Path(folder) / precision, cfg, recipe, tokenizer=rows, open_stream=lambda _: rows)
+    trainer = trainer_for(f"{folder}/{precision}", ModelConfig.preset(preset), batch, context, precision)
     return lambda: trainer.train_step().loss
-
-
-class _Rows:
-    """The same batches of random tokens in every precision; to the trainer it is stream and tokenizer in one."""
-
-    def __init__(self, vocab_size: int, batch: int, context: int) -> None:
-        self.random = torch.Generator().manual_seed(0)
-        self.n_vocab, self.pad_id = vocab_size, vocab_size - 1
-        self.batch, self.seq_len = batch, context
-
-    def next_batch(self, batch_size: int) -> Int[Tensor, "b s1"]:
-        return torch.randint(0, self.pad_id, (batch_size, self.seq_len + 1), generator=self.random)
 
 
 if __name__ == "__main__":

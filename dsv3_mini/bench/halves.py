@@ -15,7 +15,7 @@ import torch
 
 from dsv3_mini.bench.machine import describe
 from dsv3_mini.bench.race import BenchError, Lap, Side, Step, race, speed_ratio
-from dsv3_mini.bench.train import trainer_for
+from dsv3_mini.bench.step import trainer_for
 from dsv3_mini.config import ModelConfig
 
 CASES = (("tiny", 8, 208), ("tiny", 16, 208), ("tiny", 16, 256))

@@ -21,22 +21,17 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Int
-from torch import Tensor
 
 from dsv3_mini.bench.machine import describe, gemm_limit
 from dsv3_mini.bench.race import BenchError, Lap, Side, Step, cpu_ratio, race, speed_ratio
+from dsv3_mini.bench.step import Rows, trainer_for
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.hub import from_pretrained, save_pretrained
 from dsv3_mini.ledger import flops_per_token
 from dsv3_mini.model import DeepSeekV3
-
-if TYPE_CHECKING:
-    from dsv3_mini.train.trainer import Trainer
 
 SPEED_BAR, SPEED_AIM, MEMORY_BAR = 1.6, 2.0, 0.8
 AGREEMENT = 1e-5
@@ -182,29 +177,13 @@ def our_step(folder: str, batch: int, context: int) -> Step:
     return lambda: trainer.train_step().loss
 
 
-def trainer_for(folder: str, cfg: ModelConfig, batch: int, context: int) -> Trainer:
-    """A trainer whose batches are random rows that are here already, one micro-batch each, in a process as `dsv3 train` has it."""
-    from dsv3_mini.train.allocator import keep_freed_memory
-    from dsv3_mini.train.recipe import Recipe
-    from dsv3_mini.train.schedules import constant
-    from dsv3_mini.train.trainer import Trainer
-
-    keep_freed_memory()
-    rows = _Rows(cfg.vocab_size, batch, context)
-    recipe = Recipe.preset(
-        "tiny", total_tokens=10**9, batch_size=constant("batch_size", batch), context=constant("context", context),
-        learning_rate=constant("learning_rate", 1e-3), gamma=constant("gamma", 1e-3), micro_batch=batch,
-    )  # fmt: skip
-    return Trainer(Path(folder), cfg, recipe, tokenizer=rows, open_stream=lambda _: rows)
-
-
 def their_step(folder: str, batch: int, context: int, fused: bool | None = None, **options: str) -> Step:
     """transformers, as its documentation trains a causal language model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    rows = _Rows(model.config.vocab_size, batch, context)
+    rows = Rows(model.config.vocab_size, batch, context)
 
     def step() -> float:
         tokens = rows.next()
@@ -216,20 +195,3 @@ def their_step(folder: str, batch: int, context: int, fused: bool | None = None,
         return loss.item()
 
     return step
-
-
-class _Rows:
-    """The same batches of random tokens for every side; for the trainer it is stream and tokenizer in one."""
-
-    def __init__(self, vocab_size: int, batch: int, context: int) -> None:
-        self.random = torch.Generator().manual_seed(0)
-        self.n_vocab, self.pad_id = vocab_size, vocab_size - 1
-        self.batch, self.seq_len = batch, context
-
-    def next(self) -> Int[Tensor, "b s"]:
-        return torch.randint(0, self.pad_id, (self.batch, self.seq_len), generator=self.random)
-
-    def next_batch(self, batch_size: int) -> Int[Tensor, "b s1"]:
-        """Padding follows each row: its last token has no target, as where transformers shifts labels within the row."""
-        assert batch_size == self.batch
-        return F.pad(self.next(), (0, 1), value=self.pad_id)

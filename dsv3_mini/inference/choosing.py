@@ -17,6 +17,7 @@ With nothing drafted both are plain decoding.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class Dice:
         return torch.multinomial(shares, 1, generator=self.source).squeeze(-1)
 
 
-class Chooser:
+class Chooser(ABC):
     """What both ways share: what has been written so far, for the repetition penalty."""
 
     def __init__(
@@ -81,19 +82,19 @@ class Chooser:
             for seen, tokens in zip(self.seen, rows, strict=True):
                 seen[torch.tensor(tokens, dtype=torch.long, device=seen.device)] = True
 
+    @abstractmethod
     def propose(
         self, logits: Float[Tensor, "b v"], earlier: Int[Tensor, "b j"]
     ) -> tuple[Int[Tensor, " b"], list[Float[Tensor, "b v"]]]:
         """A draft to stand behind `earlier` ones, and what it was drawn from (nothing, or one distribution)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def verify(self, logits: Float[Tensor, "b j1 v"], drafted: Drafted) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
         """How many of each row's drafts hold, and the token that comes after those.
 
         Args:
             logits: the main model's, before each of the j drafts and behind the last.
         """
-        raise NotImplementedError
 
     def _penalised(self, logits: Float[Tensor, "b j1 v"], drafts: Int[Tensor, "b j"]) -> Float[Tensor, "b j1 v"]:
         if not self.sampling.penalises:

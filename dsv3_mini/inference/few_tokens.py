@@ -1,7 +1,7 @@
-"""The model arranged for passes of few tokens: the same numbers as `model/` gives, from a third of the kernels.
+"""The model arranged for passes of few tokens: the same numbers as `model/` gives, from fewer kernels.
 
-A pass that reads one token of one row does so little arithmetic that it costs what its calls cost: each kernel is asked
-for, and given its memory, in a microsecond or two, whether it then multiplies ten numbers or ten thousand. `model/` is
+A pass that reads one token of one row does so little arithmetic that it costs what its calls cost: each kernel has to
+be asked for, and given its memory, whether it then multiplies ten numbers or ten thousand. `model/` is
 written to be read, and to be quick where many tokens are read at once. Here the same equations stand with as few calls as
 they can be had in, one token or a handful of a row at a time, after a cache:
 

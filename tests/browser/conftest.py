@@ -12,7 +12,7 @@ from lab_server import LESSONS, JupyterLab
 
 if TYPE_CHECKING:
     from lesson_page import LessonPage
-    from playwright.sync_api import BrowserContext
+    from playwright.sync_api import BrowserContext, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -35,6 +35,17 @@ def browser_context() -> Iterator[BrowserContext]:
         browser = driver.chromium.launch(executable_path=path, args=args)
         yield browser.new_context(viewport={"width": 1280, "height": 900}, locale="en-US")
         browser.close()
+
+
+@pytest.fixture
+def file_page(browser_context: BrowserContext) -> Iterator[Page]:
+    """A page for files of this machine; an error on it, or a request that leaves them, fails the test."""
+    page, wrong = browser_context.new_page(), []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
+    yield page
+    page.close()
+    assert not wrong
 
 
 @pytest.fixture(scope="session")

@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import pytest
+from saved_page import NEXT_FRAME, picture
 
 from dsv3_mini.course.balance_runs import EVERY, MOST, recorded
 from dsv3_mini.viz.style import COLOURS
 from dsv3_mini.viz.widgets.load_balance import LoadBalancePlayer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page
+    from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
 # Where load_balance.js draws: x, y, width, height in a picture of 920 x 560.
 LOAD, STRIP, LOSS, WIDE = (58, 40, 320, 200), (470, 40, 430, 110), (470, 388, 430, 114), 920
 LAST = len(recorded().films[0]) - 1
-NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 @pytest.fixture
-def page(browser_context: BrowserContext, tmp_path: Path) -> Iterator[Page]:
-    """The saved player; an error on it, or a request that leaves the file, fails the test."""
-    path = LoadBalancePlayer().save_html(tmp_path / "player.html")
-    page, wrong = browser_context.new_page(), []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector(".dsv3-player[data-frame]")
-    yield page
-    page.close()
-    assert not wrong
+def page(file_page: Page, tmp_path: Path) -> Page:
+    """The saved player."""
+    file_page.goto(LoadBalancePlayer().save_html(tmp_path / "player.html").as_uri())
+    file_page.wait_for_selector(".dsv3-player[data-frame]")
+    return file_page
 
 
 def shown(page: Page) -> int:
     page.evaluate(NEXT_FRAME)
     return int(page.get_attribute(".dsv3-player", "data-frame"))
-
-
-def picture(page: Page) -> str:
-    page.evaluate(NEXT_FRAME)
-    return page.evaluate("document.querySelector('canvas').toDataURL()")
 
 
 def button(page: Page) -> str:

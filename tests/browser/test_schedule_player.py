@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from saved_page import NEXT_FRAME, picture
 
 from dsv3_mini.viz.figures.schedule import IDLE, PHASE_COLOURS, lighter
 from dsv3_mini.viz.widgets.schedule_player import COSTS, RANKS, ROUNDS, SCHEDULES, SchedulePlayer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page
+    from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
 TIMES, WIDE = (52, 34, 790, 420), 980  # where schedule_player.js draws: x, y, width, height in a picture 980 wide
-NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 @pytest.fixture
@@ -26,27 +25,16 @@ def player() -> SchedulePlayer:
 
 
 @pytest.fixture
-def page(browser_context: BrowserContext, player: SchedulePlayer, tmp_path: Path) -> Iterator[Page]:
-    """The saved player; an error on it, or a request that leaves the file, fails the test."""
-    path = player.save_html(tmp_path / "player.html")
-    page, wrong = browser_context.new_page(), []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector(".dsv3-schedule[data-share]")
-    yield page
-    page.close()
-    assert not wrong
+def page(file_page: Page, player: SchedulePlayer, tmp_path: Path) -> Page:
+    """The saved player."""
+    file_page.goto(player.save_html(tmp_path / "player.html").as_uri())
+    file_page.wait_for_selector(".dsv3-schedule[data-share]")
+    return file_page
 
 
 def share(page: Page) -> float:
     page.evaluate(NEXT_FRAME)
     return float(page.get_attribute(".dsv3-schedule", "data-share"))
-
-
-def picture(page: Page) -> str:
-    page.evaluate(NEXT_FRAME)
-    return page.evaluate("document.querySelector('canvas').toDataURL()")
 
 
 def said(page: Page, where: str = ".said") -> str:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from nano_runs import MIXTURE, NANO, small_tokenizer
+from saved_page import NEXT_FRAME, picture
 
 from dsv3_mini.course.pretrain_run import run_recipe
 from dsv3_mini.train.schedules import constant
 from dsv3_mini.viz.widgets.pretrain import TrainingBoard
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page
+    from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
 # Where pretrain.js draws: x, y, width, height in a picture of 920 x 500.
 LOSS, LOAD, BIAS, WIDE = (46, 34, 170, 164), (278, 284, 170, 164), (510, 284, 170, 164), 920
-NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 ALONE = "save_changes() {},"
 
 
@@ -34,22 +33,12 @@ def board() -> TrainingBoard:
 
 
 @pytest.fixture
-def page(browser_context: BrowserContext) -> Iterator[Page]:
-    page, wrong = browser_context.new_page(), []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
-    yield page
-    page.close()
-    assert not wrong
+def saved(board: TrainingBoard, file_page: Page, tmp_path: Path) -> Page:
+    return shown_in(file_page, board.save_html(tmp_path / "board.html"))
 
 
 @pytest.fixture
-def saved(board: TrainingBoard, page: Page, tmp_path: Path) -> Page:
-    return shown_in(page, board.save_html(tmp_path / "board.html"))
-
-
-@pytest.fixture
-def live(board: TrainingBoard, page: Page, tmp_path: Path) -> Page:
+def live(board: TrainingBoard, file_page: Page, tmp_path: Path) -> Page:
     """A page whose model notes what it is asked, in `window.sent`, and can be given values, as `window.model`."""
     path = board.save_html(tmp_path / "board.html")
     text = path.read_text(encoding="utf-8")
@@ -58,7 +47,7 @@ def live(board: TrainingBoard, page: Page, tmp_path: Path) -> Page:
     path.write_text(
         text.replace("render({ model, el: doc", "window.model = model; render({ model, el: doc"), encoding="utf-8"
     )
-    return shown_in(page, path)
+    return shown_in(file_page, path)
 
 
 def shown_in(page: Page, path: Path) -> Page:
@@ -70,11 +59,6 @@ def shown_in(page: Page, path: Path) -> Page:
 def said(page: Page) -> str:
     page.evaluate(NEXT_FRAME)
     return page.inner_text(".said")
-
-
-def picture(page: Page) -> str:
-    page.evaluate(NEXT_FRAME)
-    return page.evaluate("document.querySelector('canvas').toDataURL()")
 
 
 def give(page: Page, name: str, value: Any) -> None:

@@ -55,3 +55,11 @@ def test_a_layout_that_does_not_fit_is_one_line(layout: str, said: str, capsys: 
     assert main(["train", "--preset", "nano", "--processes", "2", "--layout", layout]) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith("dsv3 train: ") and said in complaint and complaint.count("\n") == 1
+
+
+def test_fp8_and_a_layout_are_refused_together(capsys: pytest.CaptureFixture) -> None:
+    """Experts that are spread would be computed in high precision, and nobody would notice."""
+    assert main(["train", "--preset", "nano", "--precision", "fp8", "--layout", "dp_shard=2,ep=2"]) == 2
+    assert (
+        capsys.readouterr().err == "dsv3 train: --precision fp8 does not go with --layout yet: leave one of them out\n"
+    )
