@@ -12,7 +12,8 @@ back to the experts, which travel the same way.
 Wgrad sums over an expert's own rows: its tiles of 128 tokens begin with them. An expert that no token chose has a gradient of
 zeros.
 
-Simplification: gradients of weights are a loop over experts, where kernels for Hopper take all groups in one launch.
+Simplification: gradients of weights are quantised for all experts at once, but multiplied in a loop over them, where kernels
+for Hopper take all groups in one launch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3_mini.fp8.gemm import grouped_gemm, groups
-from dsv3_mini.fp8.linear import Fp32Weights, wgrad
+from dsv3_mini.fp8.gemm import gemm, grouped_gemm, groups
+from dsv3_mini.fp8.linear import Fp32Weights
 from dsv3_mini.fp8.quantize import Quantized
 from dsv3_mini.fp8.recipe import REPORT, Fp8Recipe
 from dsv3_mini.model.experts import Dispatched, GroupedExperts, gated
@@ -104,8 +105,22 @@ def grouped_wgrad(
     recipe: Fp8Recipe,
     power_of_two: bool = False,
 ) -> Float[Tensor, "e o i"]:
-    """dW[e] = dy^T x over the rows of expert e, in FP32; zeros where it has none."""
+    """dW[e] = dy^T x over the rows of expert e, in FP32; zeros where it has none.
+
+    Both are quantised for all experts at once. So each expert's rows are moved to where a tile begins, and rows of zeros fill up
+    its last one: they change neither a scale nor a sum.
+    """
+    load = torch.diff(ends, prepend=ends.new_zeros(1))
+    room = -(-load // recipe.tokens_of_a_tile) * recipe.tokens_of_a_tile
+    ends_apart = room.cumsum(0)
+    place = torch.arange(len(dy), device=dy.device) + (ends_apart - room - ends + load).repeat_interleave(load)
+
+    def apart(rows: Float[Tensor, "T c"]) -> Float[Tensor, "T_apart c"]:
+        return rows.new_zeros(int(ends_apart[-1]), rows.shape[1]).index_copy_(0, place, rows)
+
+    dy_columns, x_columns = recipe.gradient_columns(apart(dy)), recipe.columns(apart(x), power_of_two)
     gradient = dy.new_zeros(len(ends), dy.shape[1], x.shape[1], dtype=torch.float32)
-    for expert, start, end in groups(ends):
-        gradient[expert] = wgrad(dy[start:end], x[start:end], recipe, power_of_two)
+    for expert, start, end in groups(ends_apart):
+        operands = dy_columns.along(start, end), x_columns.along(start, end)
+        gradient[expert] = gemm(*operands, recipe.backend, torch.float32)
     return gradient

@@ -62,6 +62,11 @@ class Fp8Recipe:
         if self.gradient_format not in (E4M3, E5M2):
             raise ConfigError(f"gradient_format = {self.gradient_format!r} must be E4M3 or E5M2: these are multiplied")
 
+    @property
+    def tokens_of_a_tile(self) -> int:
+        """Tokens that share a scale in Wgrad; 1 where all of a matrix do, as one token more or less makes no difference."""
+        return self.activation_tile[1] if self.activation_tile else 1
+
     def activation(self, x: Float[Tensor, "T i"], power_of_two: bool = False) -> Quantized:
         """x for Fprop, and as it is kept for backward."""
         return quantize(x, _tile(self.activation_tile, x), E4M3, power_of_two)

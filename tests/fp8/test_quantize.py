@@ -232,3 +232,22 @@ def test_a_tile_holds_numbers(tile: tuple[int, int]) -> None:
 def test_a_scale_is_no_format_for_numbers() -> None:
     with pytest.raises(ConfigError, match="in E8M0 cannot hold numbers"):
         quantize(torch.ones(2, 2), (1, 128), E8M0)
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize(
+    ("tile", "start", "end"), [((1, 8), 8, 24), ((1, 8), 16, 29), ((4, 40), 3, 17), ((8, 1), 5, 6)]
+)
+def test_columns_of_a_matrix_are_those_of_its_numbers(
+    tile: tuple[int, int], start: int, end: int, fmt: FloatFormat
+) -> None:
+    x = quantize(torch.randn(13, 29, generator=torch.Generator().manual_seed(1)), tile, fmt)
+    part = x.along(start, end)
+    assert part.shape == (13, end - start)
+    assert torch.equal(part.dequantize(), x.dequantize()[:, start:end])
+
+
+@pytest.mark.parametrize(("start", "end"), [(3, 24), (8, 20), (7, 9)])
+def test_columns_that_cut_through_tiles_are_refused(start: int, end: int) -> None:
+    with pytest.raises(ConfigError, match=rf"columns {start}:{end} of E4M3 cut through tiles 8 wide"):
+        quantize(torch.randn(4, 29), (1, 8)).along(start, end)
