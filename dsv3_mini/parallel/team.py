@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.model import DeepSeekV3
-from dsv3_mini.parallel.checkpoint import load_pieces, save_pieces
+from dsv3_mini.parallel.checkpoint import Scribe, load_pieces, save_pieces
 from dsv3_mini.parallel.expert_parallel import spread_experts
 from dsv3_mini.parallel.layout import Layout, layouts
 from dsv3_mini.parallel.mesh import Mesh
@@ -33,6 +33,8 @@ class Team(Replicas):
 
     mesh: Mesh
     layouts: Mapping[str, Layout]
+    saving: dist.ProcessGroup | None = None  # all processes, for what is written beside the steps
+    scribe: Scribe = field(default_factory=Scribe)
 
     @classmethod
     def join(cls, plan: ParallelPlan, cfg: ModelConfig, device: str = "cpu") -> Team:
@@ -44,7 +46,8 @@ class Team(Replicas):
         if plan.pp > 1:
             raise ConfigError(f"pp = {plan.pp} cannot be trained yet: leave pp at 1")
         mesh = Mesh.join(plan, cfg, device)
-        return cls(rank=dist.get_rank(), count=plan.data, mesh=mesh, layouts=layouts(cfg, mesh))
+        saving = dist.new_group(backend="gloo")
+        return cls(rank=dist.get_rank(), count=plan.data, mesh=mesh, layouts=layouts(cfg, mesh), saving=saving)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +104,11 @@ class Team(Replicas):
         return self.layouts[name].together(own, self.mesh.data)
 
     def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        save_pieces(run, step, tensors, state, self.layouts)
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.scribe.start(lambda: save_pieces(run, step, copies, state, self.layouts, self.saving))
+
+    def settle(self) -> None:
+        self.scribe.wait()
 
     def load(self, folder: Path) -> Checkpoint:
         return load_pieces(folder, self.layouts)

@@ -66,12 +66,17 @@ def save_checkpoint(
         write_state(temporary, state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final} cannot be written ({str(error).splitlines()[0]}): make room, and run the same command again; "
-            "it goes on from the checkpoint before"
-        ) from None
+        raise cannot_write(final, error) from None
     publish(temporary, final, keep)
     return final
+
+
+def cannot_write(final: Path, error: Exception, who: str = "") -> CheckpointError:
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"{who}{final} cannot be written ({first_line}): make room, and run the same command again; "
+        "it goes on from the checkpoint before"
+    )
 
 
 def begin(temporary: Path) -> None:

@@ -116,7 +116,8 @@ class MasterAdamW:
             shapes = {"exp_avg": master.shape, "exp_avg_sq": master.shape, "step": torch.Size()}
             if any(f"{key}.{name}" in checkpoint.tensors for key in shapes):  # none before the first step
                 self.adamw.state[master] = {
-                    key: checkpoint.tensor(f"{key}.{name}", shape).clone() for key, shape in shapes.items()
+                    key: checkpoint.tensor(f"{key}.{name}", shape).to(master.device, copy=True)
+                    for key, shape in shapes.items()
                 }
         self._round_into_model()
 
