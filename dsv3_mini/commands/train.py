@@ -75,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero; recompute (default: each has all)",
     )
     parser.add_argument(
-        "--restarts", type=whole(0), default=0, metavar="N", help="with --processes: start again so often when one fails"
+        "--restarts",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="with --processes: start again so often when one fails",
     )
     parser.add_argument(
         "--patience", type=number(1), default=30, metavar="SECONDS",

@@ -80,7 +80,9 @@ class Watch:
                 elif ahead is None and store.check([f"place/{self.next}"]):
                     ahead = self._connect(store.get(f"place/{self.next}").decode())
                 elif ahead is not None and ended(ahead) and not store.check([f"left/{self.next}"]):
-                    self.cause = self._tell(store, self._lost("killed, for want of memory it may be, or its machine is gone"))
+                    self.cause = self._tell(
+                        store, self._lost("killed, for want of memory it may be, or its machine is gone")
+                    )
             except dist.DistError:
                 self.cause = "the store in which the processes met was lost (its machine, or the torchrun that held it)"
             if self.cause:

@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from nano_runs import NANO, nano_recipe, small_tokenizer
+from safetensors.torch import load_file, save_file
 
+from dsv3_mini.cli import main
 from dsv3_mini.data.stream import TokenStream
+from dsv3_mini.hub import from_pretrained
 from dsv3_mini.parallel.launch import joined
 from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.train.checkpoint import checkpoints, load_checkpoint
@@ -31,6 +33,7 @@ RECIPE = nano_recipe(
     steps=STEPS, batch=BATCH, seq_len=LENGTH, micro_batch=3, log_every=1, checkpoint_every=2 * BATCH * LENGTH
 )
 FAILING = ParallelPlan(dp_replicate=3)
+PROBE = torch.arange(40).view(2, 20)
 SAVING = ParallelPlan(dp_shard=2, ep=2, zero=2)
 # What happens in a life, by its number: which process, at which of its own calls, and whether it takes all with it.
 MOMENTS: list[tuple[int, str, int, bool]] = [
@@ -77,6 +80,14 @@ def live(folder: Path, plan: ParallelPlan) -> None:
         with (folder / f"began-{rank}").open("a") as file:
             file.write(f"{run.step}\n")
         run.run()
+        with torch.no_grad():
+            trained = run.model(PROBE).logits  # in which all take part
+        averaged = run.averaged_weights()
+        if team.first:
+            run._average = averaged
+            save_file(
+                {"trained": trained, "averaged": run.averaged_model()(PROBE).logits}, folder / "logits.safetensors"
+            )
 
 
 def die_in_a_step(folder: Path, plan: ParallelPlan) -> None:
@@ -186,3 +197,10 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it(tmp_path: Path) -> 
     assert not differing and end.tensors.keys() == expected.tensors.keys(), differing
     assert logged(broken) == list(range(1, STEPS + 1))
     assert not list((broken / "run" / "checkpoints").glob(".*")), "nothing half-written is left"
+    # The model comes out of what two processes wrote, without them.
+    said_by_two = load_file(broken / "logits.safetensors")
+    for which, flags in (("trained", []), ("averaged", ["--ema"])):
+        assert main(["convert", str(broken / "run"), str(tmp_path / which), "--dtype", "fp32", *flags]) == 0
+        with torch.no_grad():
+            logits = from_pretrained(tmp_path / which)(PROBE).logits
+        torch.testing.assert_close(logits, said_by_two[which], rtol=0, atol=1e-5)
