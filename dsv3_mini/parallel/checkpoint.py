@@ -29,19 +29,21 @@ from dsv3_mini.train.checkpoint import Checkpoint, cannot_write, checkpoint_name
 
 
 class Scribe:
-    """Writes one thing at a time, in a thread, while this process goes on."""
+    """Writes one thing at a time, in a thread, while this process goes on; over a process group of its own."""
 
     def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, write: Callable[[], None]) -> None:
-        """Begin to write, once what was begun before is done."""
+    def start(self, write: Callable[[dist.ProcessGroup], None]) -> None:
+        """Begin to write, once what was begun before is done; all processes call this together."""
         self.wait()
+        group = self._group = self._group or dist.new_group(backend="gloo")
 
         def work() -> None:
             try:
-                write()
+                write(group)
             except BaseException as error:  # raised again where it is waited for
                 self._error = error
 

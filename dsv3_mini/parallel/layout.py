@@ -90,8 +90,8 @@ def layouts(cfg: ModelConfig, mesh: Mesh) -> dict[str, Layout]:
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     experts = {f"{name}." for name, module in model.named_modules() if isinstance(module, GroupedExperts)}
-    dense_mesh = _on_cpu(mesh.dense["dp_replicate", "dp_shard"])
-    expert_mesh = _on_cpu(mesh.experts["expert_replicate", "ep_node", "ep_place", "expert_shard"])
+    dense_mesh = on_cpu(mesh.dense["dp_replicate", "dp_shard"])
+    expert_mesh = on_cpu(mesh.experts["expert_replicate", "ep_node", "ep_place", "expert_shard"])
     found = {}
     for name, weight in model.named_parameters():
         if name.rpartition(".")[0] + "." in experts:
@@ -107,6 +107,6 @@ def expert_dimension(experts: int, mesh: Mesh) -> int:
     return 0 if experts // mesh.plan.ep % mesh.plan.expert_shard == 0 else 1
 
 
-def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+def on_cpu(mesh: DeviceMesh) -> DeviceMesh:
     """The same places, without process groups."""
     return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)

@@ -33,7 +33,6 @@ class Team(Replicas):
 
     mesh: Mesh
     layouts: Mapping[str, Layout]
-    saving: dist.ProcessGroup | None = None  # all processes, for what is written beside the steps
     scribe: Scribe = field(default_factory=Scribe)
 
     @classmethod
@@ -46,8 +45,7 @@ class Team(Replicas):
         if plan.pp > 1:
             raise ConfigError(f"pp = {plan.pp} cannot be trained yet: leave pp at 1")
         mesh = Mesh.join(plan, cfg, device)
-        saving = dist.new_group(backend="gloo")
-        return cls(rank=dist.get_rank(), count=plan.data, mesh=mesh, layouts=layouts(cfg, mesh), saving=saving)
+        return cls(rank=dist.get_rank(), count=plan.data, mesh=mesh, layouts=layouts(cfg, mesh))
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -105,7 +103,7 @@ class Team(Replicas):
 
     def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.scribe.start(lambda: save_pieces(run, step, copies, state, self.layouts, self.saving))
+        self.scribe.start(lambda group: save_pieces(run, step, copies, state, self.layouts, group))
 
     def settle(self) -> None:
         self.scribe.wait()
