@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": "let a model write",
     "eval": "bits per byte by domain, and judged samples",
     "ledger": "parameters, FLOPs, memory and cost of a configuration",
+    "convert": "a run's checkpoint into a model folder, in BF16, FP32 or FP8",
     "grade": "run readers' notebooks and say which exercises are right",
     "bench": "measure against transformers, side by side in one run",
     "doctor": "what this machine has, and what is missing",

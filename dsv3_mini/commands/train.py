@@ -27,6 +27,7 @@ from dsv3_mini.evaluate.observer import Validation
 from dsv3_mini.hub import save_pretrained
 from dsv3_mini.ledger import count_parameters
 from dsv3_mini.machine import memory
+from dsv3_mini.parallel.launch import joined, own_device
 from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.train.allocator import keep_freed_memory
 from dsv3_mini.train.display import Display
@@ -73,6 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=NUMBER,...",
         help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero; recompute (default: each has all)",
     )
+    parser.add_argument(
+        "--restarts",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="with --processes: start again so often when one fails",
+    )
+    parser.add_argument(
+        "--patience", type=number(1), default=30, metavar="SECONDS",
+        help="of several processes: a machine that is silent for so long is lost, and all end (default: 30)",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--judge", type=whole(0), default=16, help="samples to judge at each evaluation (default: 16)")
     parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
@@ -80,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg, recipe = read_config(args), read_recipe(args)
+    args.device = own_device(args.device)
     require_device(args.device)
     require_memory(cfg, args.device)
     plan = None if args.layout is None else parse_layout(args.layout)
@@ -90,24 +103,24 @@ def run(args: argparse.Namespace) -> int:
         if plan is not None:
             plan.check(cfg, processes)
         if processes > 1:
-            return start_processes(processes)
+            return start_processes(processes, args.restarts)
     if args.device == "cpu":
         keep_freed_memory()
     # Ctrl-C is caught before the processes meet: one that it ended would leave the others waiting for it.
-    with cpu_threads(args.threads), stop_on_interrupt(args.minutes) as stopped:
-        replicas = Replicas.from_environment()
-        try:
-            if plan is not None and dist.is_initialized():
-                # Only processes that share weights need wait for torch's parts for it.
-                from dsv3_mini.parallel.team import Team
+    with (
+        cpu_threads(args.threads),
+        stop_on_interrupt(args.minutes) as stopped,
+        joined(args.device, args.patience) as replicas,
+    ):
+        if plan is not None and dist.is_initialized():
+            # Only processes that share weights need wait for torch's parts for it.
+            from dsv3_mini.parallel.team import Team
 
-                replicas = Team.join(plan, cfg, torch.device(args.device).type)
-            return train(args, cfg, recipe, replicas, stopped)
-        finally:
-            replicas.leave()
+            replicas = Team.join(plan, cfg, torch.device(args.device).type)
+        return train(args, cfg, recipe, replicas, stopped)
 
 
-def start_processes(count: int) -> int:
+def start_processes(count: int, restarts: int) -> int:
     """This same command in `count` processes, by torch's launcher; the exit code of the first that fails, or 0.
 
     The first process speaks for all; the launcher's own report of a failure would bury its line.
@@ -123,7 +136,7 @@ def start_processes(count: int) -> int:
     launch = elastic_launch(
         LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-            run_id=f"dsv3-{os.getpid()}", max_restarts=0, monitor_interval=1.0,
+            run_id=f"dsv3-{os.getpid()}", max_restarts=restarts, monitor_interval=1.0,
             logs_specs=DefaultLogsSpecs(log_dir=logs.name, local_ranks_filter={0}),
         ),
         sys.executable,

@@ -23,7 +23,10 @@ from dsv3_mini.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Layout:
-    """One weight: its shape when whole, and how the dimensions of `mesh` cut it."""
+    """One weight: its shape when whole, and how the dimensions of `mesh` cut it.
+
+    Only places on the mesh are asked for, so that it is the CPU's whatever trains: what is saved and loaded lies there.
+    """
 
     shape: torch.Size
     mesh: DeviceMesh
@@ -87,8 +90,8 @@ def layouts(cfg: ModelConfig, mesh: Mesh) -> dict[str, Layout]:
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     experts = {f"{name}." for name, module in model.named_modules() if isinstance(module, GroupedExperts)}
-    dense_mesh = mesh.dense["dp_replicate", "dp_shard"]
-    expert_mesh = mesh.experts["expert_replicate", "ep_node", "ep_place", "expert_shard"]
+    dense_mesh = on_cpu(mesh.dense["dp_replicate", "dp_shard"])
+    expert_mesh = on_cpu(mesh.experts["expert_replicate", "ep_node", "ep_place", "expert_shard"])
     found = {}
     for name, weight in model.named_parameters():
         if name.rpartition(".")[0] + "." in experts:
@@ -102,3 +105,8 @@ def layouts(cfg: ModelConfig, mesh: Mesh) -> dict[str, Layout]:
 def expert_dimension(experts: int, mesh: Mesh) -> int:
     """Along what `expert_shard` cuts an ep member's experts: by expert where that comes out even, else through each."""
     return 0 if experts // mesh.plan.ep % mesh.plan.expert_shard == 0 else 1
+
+
+def on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """The same places, without process groups."""
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.model import DeepSeekV3
-from dsv3_mini.parallel.checkpoint import load_pieces, save_pieces
+from dsv3_mini.parallel.checkpoint import Scribe, load_pieces, save_pieces
 from dsv3_mini.parallel.expert_parallel import spread_experts
 from dsv3_mini.parallel.layout import Layout, layouts
 from dsv3_mini.parallel.mesh import Mesh
@@ -33,6 +33,7 @@ class Team(Replicas):
 
     mesh: Mesh
     layouts: Mapping[str, Layout]
+    scribe: Scribe = field(default_factory=Scribe)
 
     @classmethod
     def join(cls, plan: ParallelPlan, cfg: ModelConfig, device: str = "cpu") -> Team:
@@ -101,7 +102,11 @@ class Team(Replicas):
         return self.layouts[name].together(own, self.mesh.data)
 
     def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        save_pieces(run, step, tensors, state, self.layouts)
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.scribe.start(lambda group: save_pieces(run, step, copies, state, self.layouts, group))
+
+    def settle(self) -> None:
+        self.scribe.wait()
 
     def load(self, folder: Path) -> Checkpoint:
         return load_pieces(folder, self.layouts)

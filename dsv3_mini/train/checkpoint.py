@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3_mini.errors import CheckpointError
@@ -34,7 +34,7 @@ WHOLE, PIECES = "state.safetensors", "shard-*.safetensors"
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     state: dict[str, Any]
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor:
@@ -66,12 +66,17 @@ def save_checkpoint(
         write_state(temporary, state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final} cannot be written ({str(error).splitlines()[0]}): make room, and run the same command again; "
-            "it goes on from the checkpoint before"
-        ) from None
+        raise cannot_write(final, error) from None
     publish(temporary, final, keep)
     return final
+
+
+def cannot_write(final: Path, error: Exception, who: str = "") -> CheckpointError:
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"{who}{final} cannot be written ({first_line}): make room, and run the same command again; "
+        "it goes on from the checkpoint before"
+    )
 
 
 def begin(temporary: Path) -> None:
@@ -110,10 +115,45 @@ def checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one back. Raises a CheckpointError that names the file if it is missing or damaged."""
+    stored = open_checkpoint(folder)
+    return Checkpoint(folder, {name: stored.tensors[name] for name in stored.tensors}, stored.state)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """As `load_checkpoint`, but each tensor is read when it is asked for, and every time that it is."""
     state = load_state(folder)
-    in_pieces = any(folder.glob(PIECES)) and not (folder / WHOLE).exists()
-    with _readable(folder / (PIECES if in_pieces else WHOLE)):
-        return Checkpoint(folder, _load_pieces(folder) if in_pieces else load_file(folder / WHOLE), state)
+    return Checkpoint(folder, StoredTensors(folder), state)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Name -> tensor, whole, from one file or put together from files of pieces, each of which tells where it begins.
+
+    Raises a CheckpointError that names the file where one is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        in_pieces = any(folder.glob(PIECES)) and not (folder / WHOLE).exists()
+        self.file = folder / (PIECES if in_pieces else WHOLE)
+        self._pieces: dict[str, list[tuple[Any, list[int] | None]]] = {}
+        with _readable(self.file):
+            for file in sorted(folder.glob(PIECES)) if in_pieces else [self.file]:
+                opened = safe_open(file, framework="pt")
+                places = json.loads((opened.metadata() or {})["DCP_SHARDING_INFO"]) if in_pieces else {}
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    start = places[name]["saved_offsets"] if in_pieces else None
+                    self._pieces.setdefault(name, []).append((opened, start))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = self._pieces[name]
+        with _readable(self.file):
+            read = [(start, opened.get_tensor(name)) for opened, start in pieces]
+            return read[0][1] if read[0][0] is None else _joined(read)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -126,18 +166,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         return state
 
 
-def _load_pieces(folder: Path) -> dict[str, Tensor]:
-    """Whole tensors of files in which each tensor's metadata tells where its piece begins."""
-    pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
-    for file in sorted(folder.glob(PIECES)):
-        with safe_open(file, framework="pt") as opened:
-            places = json.loads((opened.metadata() or {})["DCP_SHARDING_INFO"])
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                pieces.setdefault(name, []).append((places[name]["saved_offsets"], opened.get_tensor(name)))
-    return {name: _joined(parts) for name, parts in pieces.items()}
-
-
 def _joined(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
+    """The whole of pieces, by where each begins."""
     ends = [[start + size for start, size in zip(starts, piece.shape, strict=True)] for starts, piece in pieces]
     whole = pieces[0][1].new_empty([max(along) for along in zip(*ends, strict=True)])
     if sum(piece.numel() for _, piece in pieces) != whole.numel():

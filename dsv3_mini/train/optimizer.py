@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mini.train.checkpoint import Checkpoint
+from dsv3_mini.train.ema import MovingAverage
 
 
 class MasterAdamW:
@@ -45,9 +46,7 @@ class MasterAdamW:
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.moments = moments
-        self.ema_decay = ema_decay
-        # The average is read rarely: it lies in the CPU's memory, and leaves a GPU's to the training (report section 3.2.3).
-        self.ema = {n: m.detach().to("cpu", copy=True) for n, m in self.masters.items()} if ema_decay else {}
+        self.ema = MovingAverage(self.masters if ema_decay else {}, ema_decay)
 
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters', in FP32: many micro-batches added up in BF16 would lose their tails."""
@@ -89,14 +88,12 @@ class MasterAdamW:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self._hold_moments(torch.float32)
+        self.ema.before_step()
         self.adamw.step()
         self._hold_moments(self.moments)
         self.adamw.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            if self.ema:
-                averages, masters = list(self.ema.values()), [m.detach().cpu() for m in self.masters.values()]
-                torch._foreach_lerp_(averages, masters, 1 - self.ema_decay)
-            self._round_into_model()
+        self.ema.update()
+        self._round_into_model()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name: master.*, ema.*, and AdamW's exp_avg.*, exp_avg_sq.*, step.*."""
@@ -116,7 +113,8 @@ class MasterAdamW:
             shapes = {"exp_avg": master.shape, "exp_avg_sq": master.shape, "step": torch.Size()}
             if any(f"{key}.{name}" in checkpoint.tensors for key in shapes):  # none before the first step
                 self.adamw.state[master] = {
-                    key: checkpoint.tensor(f"{key}.{name}", shape).clone() for key, shape in shapes.items()
+                    key: checkpoint.tensor(f"{key}.{name}", shape).to(master.device, copy=True)
+                    for key, shape in shapes.items()
                 }
         self._round_into_model()
 

@@ -37,19 +37,6 @@ class Replicas:
     rank: int = 0
     count: int = 1
 
-    @classmethod
-    def from_environment(cls) -> Replicas:
-        """Join the others if torchrun started this process, else be alone."""
-        if not dist.is_torchelastic_launched():
-            return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
-        return cls(dist.get_rank(), dist.get_world_size())
-
-    def leave(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -83,9 +70,12 @@ class Replicas:
         return own
 
     def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint of what all processes hold. All call this together."""
+        """Write a checkpoint of what all processes hold, or begin to: `settle` waits. All call this together."""
         if self.first:
             save_checkpoint(run, step, tensors, state)
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is written. Raises what kept it from being written."""
 
     def load(self, folder: Path) -> Checkpoint:
         """A checkpoint, as much of it as this process holds. All call this together."""

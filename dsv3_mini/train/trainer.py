@@ -205,9 +205,10 @@ class Trainer:
                     for observer in observers:
                         observer.on_evaluation(scores)
                 if not done and _crossed(before, self.tokens, self.recipe.checkpoint_every):
-                    self.save()
+                    self._save()
         if self.last_saved is None or self.last_saved.name != checkpoint_name(self.step):
-            self.save()
+            self._save()
+        self.replicas.settle()
         return self.tokens >= self.recipe.total_tokens
 
     def _next_rows(self, batch_size: int) -> Int[Tensor, "b s1"]:
@@ -236,7 +237,13 @@ class Trainer:
     # ---- keeping it safe -------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment; several processes call this together."""
+        """Write a checkpoint of this moment; several processes call this together. Returns its folder."""
+        folder = self._save()
+        self.replicas.settle()
+        return folder
+
+    def _save(self) -> Path:
+        """As `save`, but where weights are shared the writing may go on beside the next steps."""
         tensors = self.optimizer.tensors()
         for router in routers(self.model):
             if router.e_score_correction_bias is not None:
