@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
@@ -59,7 +59,9 @@ class Pipeline:
         self.stages = take_stages(model, len(self.rank_of), own)
         self._made: tuple[tuple[int, ...], Callable[..., None]] | None = None
 
-    def step(self, tokens: Int[Tensor, "b s"], targets: Int[Tensor, "b s"], weighing: Weighing, microbatches: int) -> Losses:
+    def step(
+        self, tokens: Int[Tensor, "b s"], targets: Int[Tensor, "b s"], weighing: Weighing, microbatches: int
+    ) -> Losses:
         """Forward and backward of a batch, the same in every process; adds to the gradients.
 
         Returns:
@@ -122,7 +124,9 @@ class Pipeline:
             )
         except ValueError as error:
             words = " ".join(str(error).split())
-            raise ConfigError(f"torch makes no {self.kind} of {dist.get_world_size(self.group)} ranks: {words}") from error
+            raise ConfigError(
+                f"torch makes no {self.kind} of {dist.get_world_size(self.group)} ranks: {words}"
+            ) from error
         return made.step
 
 

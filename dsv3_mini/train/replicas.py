@@ -59,7 +59,9 @@ class Replicas:
     def check_batch(self, fewest: int) -> None:
         """Raises ConfigError if batches of so few rows cannot be shared."""
         if fewest < self.count:
-            raise ConfigError(f"batch_size = {fewest} cannot be shared among {self.count} processes: start at most {fewest}")
+            raise ConfigError(
+                f"batch_size = {fewest} cannot be shared among {self.count} processes: start at most {fewest}"
+            )
 
     def divide(
         self, model: DeepSeekV3, dtype: torch.dtype, micro_batch: int = 1

@@ -150,7 +150,9 @@ class Trainer:
 
         def learn(part: Int[Tensor, "b s1"]) -> Losses:
             inputs, targets = inputs_and_targets(part, self.tokenizer.pad_id)
-            losses = self.replicas.losses(self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets)
+            losses = self.replicas.losses(
+                self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets
+            )
             self._require_finite(losses.total, "loss")
             losses.total.backward()
             return losses

@@ -1,4 +1,4 @@
-"""Processes that share weights, experts and batches, against one process that has it all: the same five steps.
+"""Processes that share weights, experts, batches and layers, against one process that has it all: the same five steps.
 
 The batch does not come out even (11 rows over 4 processes, micro-batches of 2), some rows are mostly padding, and MTP
 rests in the first step: what is averaged where it should be added up, or counted twice, shows.
@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from jaxtyping import Int
 from nano_runs import nano_recipe, small_tokenizer
 from ranks import together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.errors import ConfigError
+from dsv3_mini.parallel.pipeline_team import join
 from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.parallel.sharding import units
 from dsv3_mini.parallel.team import Team
+from dsv3_mini.parallel.torch_schedules import ONE_STAGE, TORCH_SCHEDULES
 from dsv3_mini.train.checkpoint import Checkpoint, checkpoints, load_checkpoint
 from dsv3_mini.train.replicas import ALONE, Replicas
 from dsv3_mini.train.schedules import constant, steps
 from dsv3_mini.train.trainer import Trainer
 
 STEPS, BATCH, LENGTH = 5, 11, 12
-CFG = ModelConfig.preset("nano", vocab_size=512, num_hidden_layers=2)
+# By their layers: of 4, two processes have two stages each; of 8, four do.
+CFGS = {layers: ModelConfig.preset("nano", vocab_size=512, num_hidden_layers=layers) for layers in (2, 4, 8)}
 RECIPE = nano_recipe(
     steps=STEPS, batch=BATCH, seq_len=LENGTH, micro_batch=2,
     # The report's learning rate. Adam divides each gradient by its own size, so that a weight whose gradient nearly cancels
@@ -39,9 +43,16 @@ RECIPE = nano_recipe(
     mtp_lambda=steps("mtp_lambda", 0.0, (BATCH * LENGTH, 0.3)),
     alpha=1e-2,
 )  # fmt: skip
+# Eight layers follow the order of sums further than two: where four processes have eight stages, it is that of one process,
+# eight micro-batches of a row. A first step without MTP would be eight rows long.
+RECIPES = {2: RECIPE, 4: RECIPE, 8: RECIPE.replace(
+    batch_size=constant("batch_size", 8), micro_batch=1, mtp_lambda=steps("mtp_lambda", 0.0, (8 * LENGTH, 0.3))
+)}  # fmt: skip
 
-PLANS: dict[int, dict[str, dict[str, int]]] = {
-    4: {
+Plans = dict[str, dict[str, Any]]
+# Processes, layers, and what each plan is.
+PLANS: dict[tuple[int, int], Plans] = {
+    (4, 2): {
         "DP": dict(dp_replicate=4),
         "EP": dict(dp_replicate=4, ep=2),
         "EP on two nodes": dict(dp_replicate=4, ep=4, ep_nodes=2),
@@ -51,7 +62,7 @@ PLANS: dict[int, dict[str, dict[str, int]]] = {
         "EP, ZeRO-3": dict(dp_shard=4, ep=2, zero=3, recompute=True),
         "EP, ZeRO-2, two copies": dict(dp_replicate=2, dp_shard=2, ep=2, zero=2),
     },
-    2: {
+    (2, 2): {
         "DP": dict(dp_replicate=2),
         "EP": dict(dp_replicate=2, ep=2, recompute=True),
         "ZeRO-1": dict(dp_shard=2, zero=1),
@@ -59,11 +70,37 @@ PLANS: dict[int, dict[str, dict[str, int]]] = {
         "ZeRO-3": dict(dp_shard=2, zero=3),
         "EP, ZeRO-2": dict(dp_shard=2, ep=2, zero=2),
     },
+    (4, 4): {
+        "PP": dict(pp=4),
+        "DP, PP": dict(pp=2, dp_replicate=2, recompute=True),
+        "EP, PP": dict(pp=2, dp_replicate=2, ep=2),
+        "EP, PP, interleaved": dict(pp=2, dp_replicate=2, ep=2, schedule="Interleaved1F1B"),
+        "EP, PP, zero bubble": dict(pp=2, dp_replicate=2, ep=2, schedule="InterleavedZeroBubble"),
+        "EP, PP, DualPipeV": dict(pp=2, dp_replicate=2, ep=2, schedule="DualPipeV"),
+        "ZeRO-1, PP": dict(pp=2, dp_shard=2, zero=1),
+        "EP, ZeRO-1, PP, DualPipeV": dict(pp=2, dp_shard=2, ep=2, zero=1, schedule="DualPipeV"),
+    },
+    (2, 4): {f"PP, {name}": dict(pp=2, schedule=name) for name in TORCH_SCHEDULES},
+    (4, 8): {f"PP, {name}": dict(pp=4, schedule=name) for name in TORCH_SCHEDULES if name not in ONE_STAGE},
 }
-BF16 = ("EP", "EP, ZeRO-2")
-# One run that goes on in another layout, on 4, 2 and 1 processes: plans and steps, by how many plans there are.
-CHANGING = {len(PLANS[4]): [("EP, ZeRO-3", 2), ("EP on two nodes", 1)], len(PLANS[2]): [("EP, ZeRO-2", 1)]}
-CASES = [(count, name) for count, plans in PLANS.items() for name in plans]
+BF16 = {
+    (2, 2): ("EP", "ZeRO-1", "EP, ZeRO-2"),
+    (4, 4): ("EP, PP", "EP, PP, zero bubble", "EP, ZeRO-1, PP, DualPipeV"),
+}
+# Runs that go on in another layout, on 4, 2 and 1 processes: plans and steps, by processes and layers.
+CHANGING = {
+    (4, 2): [("EP, ZeRO-3", 2), ("EP on two nodes", 1)],
+    (2, 2): [("EP, ZeRO-2", 1)],
+    (4, 4): [("EP, PP", 1), ("EP, ZeRO-1, PP, DualPipeV", 1), ("EP, PP, zero bubble", 1)],
+    (2, 4): [("PP, DualPipeV", 1)],
+}
+# Where the checkpoint of four processes, two stages by two that share experts, goes on.
+RESUMING: dict[int, Plans] = {
+    4: {"ZeRO-3": dict(dp_shard=4, ep=2), "PP, DualPipeV": dict(pp=2, dp_shard=2, zero=1, schedule="DualPipeV")},
+    2: {"EP": dict(dp_replicate=2, ep=2), "PP, zero bubble": dict(pp=2, schedule="ZBVZeroBubble")},
+    1: {"one": {}},
+}
+CASES = [(count, layers, name) for (count, layers), plans in PLANS.items() for name in plans]
 
 
 class Rows:
@@ -88,8 +125,13 @@ class Rows:
     def close(self) -> None: ...
 
 
-def trainer(folder: Path, replicas: Replicas = ALONE, precision: str = "fp32") -> Trainer:
-    return Trainer(folder, CFG, RECIPE.replace(precision=precision), small_tokenizer(), Rows, replicas=replicas)
+def trainer(folder: Path, layers: int, replicas: Replicas = ALONE, precision: str = "fp32") -> Trainer:
+    recipe = RECIPES[layers].replace(precision=precision)
+    return Trainer(folder, CFGS[layers], recipe, small_tokenizer(), Rows, replicas=replicas)
+
+
+def planned(folder: Path, layers: int, plan: dict[str, Any], precision: str = "fp32") -> Trainer:
+    return trainer(folder, layers, join(ParallelPlan(**plan), CFGS[layers]), precision)
 
 
 class Messages(TorchDispatchMode):
@@ -122,26 +164,39 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "reports.jsonl").read_text().splitlines()]
 
 
-def train_all(rank: int, folder: Path, plans: dict[str, dict[str, int]]) -> None:
-    for name, plan in plans.items():
-        train(trainer(folder / name, Team.join(ParallelPlan(**plan), CFG)))
-    for name, count in CHANGING[len(plans)]:
-        train(trainer(folder.parent / "changing", Team.join(ParallelPlan(**plans[name]), CFG)), count)
-    for name in BF16 if len(plans) == len(PLANS[2]) else ():
-        train(trainer(folder / f"{name} BF16", Team.join(ParallelPlan(**plans[name]), CFG), "bf16"))
+def train_all(rank: int, folder: Path, count: int) -> None:
+    for (processes, layers), plans in PLANS.items():
+        if processes != count:
+            continue
+        for name, plan in plans.items():
+            train(planned(folder / str(layers) / name, layers, plan))
+        for name, taken in CHANGING.get((count, layers), ()):
+            train(planned(folder.parent / f"changing {layers}", layers, plans[name]), taken)
+        for name in BF16.get((count, layers), ()):
+            train(planned(folder / str(layers) / f"{name} BF16", layers, plans[name], "bf16"))
+    written = folder.parent / "4" / "4" / "EP, PP"
+    for name, plan in RESUMING[count].items():
+        copy = folder / "resumed" / name
+        if rank == 0:
+            shutil.copytree(written, copy)
+        dist.barrier()
+        train(planned(copy, 4, plan), 1)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs, in folders: one/, and 2/NAME, 4/NAME."""
+    """All runs, in folders: "one LAYERS PRECISION", and PROCESSES/LAYERS/NAME."""
     root = tmp_path_factory.mktemp("runs")
-    for precision in ("fp32", "bf16"):
+    for layers, precision in ((2, "fp32"), (4, "fp32"), (8, "fp32"), (2, "bf16"), (4, "bf16")):
         torch.manual_seed(0)
-        train(trainer(root / f"one {precision}", precision=precision))
-    for count, plans in PLANS.items():
+        train(trainer(root / f"one {layers} {precision}", layers, precision=precision))
+    for count in (4, 2):
         (root / str(count)).mkdir()
-        together(count, train_all, root / str(count), plans)
-    train(trainer(root / "changing"), 1)
+        together(count, train_all, root / str(count), count)
+    for layers in (2, 4):
+        train(trainer(root / f"changing {layers}", layers), 1)
+    shutil.copytree(root / "4" / "4" / "EP, PP", root / "1" / "resumed" / "one")
+    train(trainer(root / "1" / "resumed" / "one", 4), 1)
     return root
 
 
@@ -149,9 +204,12 @@ def last(folder: Path) -> Checkpoint:
     return load_checkpoint(checkpoints(folder)[-1])
 
 
-@pytest.mark.parametrize(("count", "name"), [*CASES, (".", "changing")])
-def test_many_processes_take_the_steps_of_one(runs: Path, count: int | str, name: str) -> None:
-    one, many = runs / "one fp32", runs / str(count) / name
+@pytest.mark.parametrize(
+    ("folder", "layers"),
+    [*((f"{count}/{layers}/{name}", layers) for count, layers, name in CASES), ("changing 2", 2), ("changing 4", 4)],
+)
+def test_many_processes_take_the_steps_of_one(runs: Path, folder: str, layers: int) -> None:
+    one, many = runs / f"one {layers} fp32", runs / folder
     assert len(reports(one)) == STEPS
     for expected, found in zip(reports(one), reports(many), strict=True):
         for what in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
@@ -168,11 +226,11 @@ def test_many_processes_take_the_steps_of_one(runs: Path, count: int | str, name
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("count", PLANS)
+@pytest.mark.parametrize("count", [4, 2])
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_each_zero_form_sends_what_it_says(runs: Path, count: int, zero: int) -> None:
     """Gradients are summed once a step or once a micro-batch; weights gathered once a step, or forward and backward."""
-    last = reports(runs / str(count) / f"ZeRO-{zero}")[-1]
+    last = reports(runs / str(count) / "2" / f"ZeRO-{zero}")[-1]
     # Embedding, norm and head; two blocks; MTP's module and its block; experts of the sparse block and of MTP's.
     assert last["units"] == 7
     parts = math.ceil(math.ceil(BATCH / count) / 2)
@@ -182,29 +240,46 @@ def test_each_zero_form_sends_what_it_says(runs: Path, count: int, zero: int) ->
     assert last["gathers"] - (twice if zero == 3 else once) in (0, 1)
 
 
-def test_the_steps_are_large_beside_the_tolerance(runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", CFGS)
+def test_the_steps_are_large_beside_the_tolerance(runs: Path, tmp_path: Path, layers: int) -> None:
     torch.manual_seed(0)
-    start = trainer(tmp_path / "run").optimizer.masters
-    end = last(runs / "one fp32").tensors
+    start = trainer(tmp_path / "run", layers).optimizer.masters
+    end = last(runs / f"one {layers} fp32").tensors
     for name, weight in start.items():
         assert (end[f"master.{name}"] - weight).abs().max() > 20 * 1e-5, name
 
 
 @pytest.mark.parametrize(("count", "name"), [(4, "EP on two nodes"), (2, "ZeRO-3")])
 def test_one_process_goes_on_where_many_stopped(runs: Path, count: int, name: str) -> None:
-    many, one = trainer(runs / str(count) / name), trainer(runs / "one fp32")
+    many, one = trainer(runs / str(count) / "2" / name, 2), trainer(runs / "one 2 fp32", 2)
     assert many.step == one.step == STEPS
     assert many.train_step().loss == pytest.approx(one.train_step().loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", BF16)
-def test_bf16_is_that_of_one_process(runs: Path, name: str) -> None:
+def test_stages_and_experts_on_four_processes_go_on_anywhere(runs: Path) -> None:
+    """What EP 2 x PP 2 wrote, on 1, 2 and 4 processes in another layout: the step that one process would take next."""
+    one = trainer(runs / "one 4 fp32", 4).train_step().to_log()
+    resumed = [runs / str(count) / "resumed" / name for count, plans in RESUMING.items() for name in plans]
+    assert len(resumed) == 5
+    for folder in resumed:
+        found = reports(folder)
+        assert [report["step"] for report in found] == [*range(1, STEPS + 2)], folder
+        for what in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+            assert found[-1][what] == pytest.approx(one[what], rel=1e-5, abs=1e-5), (folder, what)
+        assert found[-1]["load"] == {str(layer): load for layer, load in one["load"].items()}
+
+
+BF16_CASES = [(count, layers, name) for (count, layers), names in BF16.items() for name in names]
+
+
+@pytest.mark.parametrize(("count", "layers", "name"), BF16_CASES)
+def test_bf16_is_that_of_one_process(runs: Path, count: int, layers: int, name: str) -> None:
     """Masters stay FP32; a sum in another order rounds to another BF16 number, 1 part in 256, in a few places."""
-    many = runs / "2" / f"{name} BF16"
-    for expected, found in zip(reports(runs / "one bf16"), reports(many), strict=True):
+    one, many = runs / f"one {layers} bf16", runs / str(count) / str(layers) / f"{name} BF16"
+    for expected, found in zip(reports(one), reports(many), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-2)
-    moments = (last(folder).tensors for folder in (runs / "one bf16", many))
+    moments = (last(folder).tensors for folder in (one, many))
     for (key, tensor), found in zip(*(sorted(m.items()) for m in moments), strict=True):
         if key.startswith(("exp_avg.", "master.")):
             assert found[1].dtype == torch.float32
@@ -220,8 +295,3 @@ def test_micro_batches_are_as_many_in_every_process() -> None:
             assert all(len(part) for own in parts for part in own)
             assert sorted(int(row) for own in parts for part in own for row in part) == list(range(batch))
             assert max(len(part) for own in parts for part in own) <= micro + 1
-
-
-def test_pipelines_are_refused() -> None:
-    with pytest.raises(ConfigError, match="pp = 2 cannot be trained yet"):
-        Team.join(ParallelPlan(pp=2), CFG)
