@@ -44,10 +44,16 @@ def test_torchrun_and_a_layout_give_the_run_of_one_process(tmp_path: Path) -> No
     ("layout", "said"),
     [
         ("dp_shard=2,ep=3", "ep = 3 must divide dp_shard"),
-        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, recompute, once, and"),
+        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, recompute, schedule, once"),
         ("recompute=1", "'recompute=1' must be one of"),
         ("ep=2,ep=2", "'ep=2' must be one of"),
         ("shard=2", "'shard=2' must be one of"),
+        ("pp=2,schedule", "'schedule' must be one of"),
+        ("pp=2,schedule=DualPipe", "schedule = 'DualPipe' must be one of torch's: GPipe, 1F1B, "),
+        ("pp=2,schedule=DualPipeV", "pp = 2 must be at most num_hidden_layers (3) / 2, as DualPipeV has 2 stages a process"),
+        ("pp=1,dp_shard=2,schedule=DualPipeV", "schedule = 'DualPipeV' is an order of pipeline stages"),
+        ("pp=2,dp_shard=2", "zero = 3 cannot go with pp = 2: "),
+        ("pp=2,recompute,schedule=InterleavedZeroBubble", "schedule = 'InterleavedZeroBubble' cannot go with recompute: "),
         ("dp_shard=3,zero=1", "the plan is for 3 processes (pp 1 x dp_replicate 1 x dp_shard 3 x tp 1), but 2 were started"),
     ],
 )  # fmt: skip
