@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME=NUMBER,...",
-        help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero; recompute (default: each has all)",
+        help="what the processes share: pp, schedule, dp_shard, dp_replicate, ep, ep_nodes, zero; recompute "
+        "(default: each has all)",
     )
     parser.add_argument(
         "--restarts",
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     require_device(args.device)
     require_memory(cfg, args.device)
     plan = None if args.layout is None else parse_layout(args.layout)
+    if plan is not None:
+        plan.check_training()
     if plan is not None and recipe.precision == "fp8":
         raise ConfigError("--precision fp8 does not go with --layout yet: leave one of them out")
     if not torch.distributed.is_torchelastic_launched():
@@ -114,9 +117,9 @@ def run(args: argparse.Namespace) -> int:
     ):
         if plan is not None and dist.is_initialized():
             # Only processes that share weights need wait for torch's parts for it.
-            from dsv3_mini.parallel.team import Team
+            from dsv3_mini.parallel.pipeline_team import join
 
-            replicas = Team.join(plan, cfg, torch.device(args.device).type)
+            replicas = join(plan, cfg, torch.device(args.device).type)
         return train(args, cfg, recipe, replicas, stopped)
 
 
@@ -248,18 +251,21 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def parse_layout(text: str) -> ParallelPlan:
-    """'dp_shard=4,ep=2,recompute': the fields of a `ParallelPlan`."""
-    fields: dict[str, int | bool] = {}
+    """'pp=2,schedule=DualPipeV,dp_shard=4,ep=2,zero=1' or 'dp_shard=4,recompute': the fields of a `ParallelPlan`."""
+    fields: dict[str, int | bool | str] = {}
     known = [field.name for field in dataclasses.fields(ParallelPlan)]
     for part in text.split(","):
-        name, _, number = (word.strip() for word in part.partition("="))
-        if name == "recompute" and not number:
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name == "recompute" and not value:
             fields[name] = True
-        elif name in known and name not in fields and name != "recompute" and number.isdecimal():
-            fields[name] = int(number)
+        elif name == "schedule" and name not in fields and value:
+            fields[name] = value
+        elif name in known and name not in (*fields, "recompute", "schedule") and value.isdecimal():
+            fields[name] = int(value)
         else:
             raise ConfigError(
-                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute) a number: ep=2"
+                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute and schedule) "
+                "a number: ep=2"
             )
     return ParallelPlan(**fields)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +108,20 @@ def save_pieces(
         raise CheckpointError(failed[0])
 
 
-def load_pieces(folder: Path, layouts: Mapping[str, Layout]) -> Checkpoint:
-    """This process's pieces of a checkpoint, whatever plan wrote it; all processes call this together."""
+def load_pieces(folder: Path, layouts: Mapping[str, Layout], elsewhere: Collection[str] = ()) -> Checkpoint:
+    """This process's pieces of a checkpoint, whatever plan wrote it; all processes call this together.
+
+    Args:
+        elsewhere: weights of which this process has nothing, as they are of other stages.
+    """
     state = load_state(folder)
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         kept = reader.read_metadata().state_dict_metadata
         own, wanted = {}, {}
         for key, whole in kept.items():
+            if key.partition(".")[2] in elsewhere:
+                continue
             layout = layouts.get(key.partition(".")[2])
             # What has not the weight's shape is of another model, which is told where it is used.
             layout = layout if layout and layout.shape == whole.size else None

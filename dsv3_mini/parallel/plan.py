@@ -8,6 +8,9 @@
 
     processes = pp x dp_replicate x dp_shard (x tp)
 
+`schedule` is the order in which a pipeline's processes go through their micro-batches, one of torch's (torch_schedules.py).
+Micro-batches have the recipe's `micro_batch` rows, or fewer where the schedule needs more micro-batches than that makes.
+
 Expert parallelism adds no processes: a process has its own batch *and* its own experts. So the weights of a stage lie in two
 ways over the same data processes. All but the experts follow (dp_replicate, dp_shard). The experts follow
 
@@ -20,6 +23,8 @@ What the members of dp_shard share (ZeRO stages; here forms of FSDP2):
     zero 1   optimizer state: weights are gathered once a step, gradients summed once a step
     zero 2   and gradients: summed, and cut, with each micro-batch
     zero 3   and weights: gathered for each layer, forward and backward, and given up behind it
+
+With pp it is zero 1, the report's: torch keeps a stage's weights and sums of gradients for all its micro-batches.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from typing import Any
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
+from dsv3_mini.parallel.torch_schedules import SPLIT, TORCH_SCHEDULES, stages_each
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class ParallelPlan:
     tp: int = 1
     zero: int = 3
     recompute: bool = False
+    schedule: str = "1F1B"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -58,6 +65,9 @@ class ParallelPlan:
             if field.name == "recompute":
                 if not isinstance(value, bool):
                     raise ConfigError(f"recompute = {value!r} must be true or false")
+            elif field.name == "schedule":
+                if value not in TORCH_SCHEDULES:
+                    raise ConfigError(f"schedule = {value!r} must be one of torch's: {', '.join(TORCH_SCHEDULES)}")
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name} = {value!r} must be a whole number of at least 1")
         _require(self.zero <= 3, "zero", self.zero, "must be 1, 2 or 3")
@@ -70,6 +80,8 @@ class ParallelPlan:
             _require(self.dp_replicate % self.ep == 0, "ep", self.ep,
                      f"must divide dp_replicate ({self.dp_replicate}): experts are shared by processes with batches of their own")  # fmt: skip
         _require(self.tp == 1 or self.pp == 1, "tp", self.tp, f"cannot go with pp = {self.pp}: tp is for inference")
+        _require(self.pp > 1 or self.schedule == "1F1B", "schedule", repr(self.schedule),
+                 "is an order of pipeline stages, and pp = 1 has but one: give a pp above 1, or leave schedule out")  # fmt: skip
 
     @classmethod
     def preset(cls, name: str) -> ParallelPlan:
@@ -86,6 +98,10 @@ class ParallelPlan:
     @property
     def processes(self) -> int:
         return self.pp * self.data * self.tp
+
+    @property
+    def stages(self) -> int:
+        return self.pp * stages_each(self.schedule)
 
     @property
     def expert_shard(self) -> int:
@@ -111,8 +127,11 @@ class ParallelPlan:
                 _require(getattr(cfg, name) % self.expert_shard == 0, "dp_shard", self.dp_shard,
                          f"leaves {self.expert_shard} processes to share {held} experts (dp_shard / ep): their number must "
                          f"divide the experts, or {name} ({getattr(cfg, name)})")  # fmt: skip
-        _require(self.pp <= cfg.num_hidden_layers, "pp", self.pp,
-                 f"must be at most num_hidden_layers ({cfg.num_hidden_layers}): a stage holds a layer or more")  # fmt: skip
+        each = stages_each(self.schedule)
+        _require(self.stages <= cfg.num_hidden_layers, "pp", self.pp,
+                 f"must be at most num_hidden_layers ({cfg.num_hidden_layers})"
+                 f"{f' / {each}, as {self.schedule} has {each} stages a process' if each > 1 else ''}: "
+                 "a stage holds a layer or more")  # fmt: skip
         heads = cfg.num_attention_heads
         _require(heads % self.tp == 0, "tp", self.tp,
                  f"must divide num_attention_heads ({heads}): heads are what is shared")  # fmt: skip
@@ -120,12 +139,22 @@ class ParallelPlan:
             _require(cfg.n_group % self.ep_nodes == 0, "ep_nodes", self.ep_nodes,
                      f"must divide n_group ({cfg.n_group}): routing is limited to groups, so that tokens travel to few nodes")  # fmt: skip
 
+    def check_training(self) -> None:
+        """Raises ConfigError where a pipeline of this plan could be laid out, but torch does not train it."""
+        if self.pp > 1 and self.dp_shard > 1:
+            _require(self.zero == 1, "zero", self.zero,
+                     f"cannot go with pp = {self.pp}: a stage keeps its weights and sums of gradients for all its micro-batches, "
+                     "give zero = 1")  # fmt: skip
+        if self.recompute:
+            _require(self.schedule not in SPLIT, "schedule", repr(self.schedule),
+                     "cannot go with recompute: a backward in two parts would make everything again twice, leave one of them out")  # fmt: skip
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "report": dict(pp=16, dp_shard=128, ep=64, ep_nodes=8, zero=1, recompute=True),
 }
 
 
-def _require(holds: bool, field: str, value: int, rule: str) -> None:
+def _require(holds: bool, field: str, value: int | str, rule: str) -> None:
     if not holds:
         raise ConfigError(f"{field} = {value} {rule}")

@@ -51,6 +51,10 @@ def shard(model: DeepSeekV3, mesh: Mesh, dtype: torch.dtype) -> None:
         # Losses are shares of the whole batch's mean, so gradients are added up. A sum with a factor is not known to gloo.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        # Gathered once, as a unit that rests in the first step (MTP's, where lambda begins at 0) has to know its own shape:
+        # torch looks for gradients in every unit when micro-batches are added up here.
+        unit.unshard()
+        unit.reshard()
 
 
 def before_micro_batch(model: DeepSeekV3, zero: int, last: bool) -> None:

@@ -37,26 +37,30 @@ class Team(Replicas):
 
     @classmethod
     def join(cls, plan: ParallelPlan, cfg: ModelConfig, device: str = "cpu") -> Team:
-        """This process's place in the plan, once the processes have met; all of them call this together.
+        """This process's place in a plan without pipeline stages; `pipeline_team.join` takes any plan.
+
+        Once the processes have met, all of them call this together.
 
         Raises:
             ConfigError: the plan does not fit the model or the number of processes, or has pipeline stages or tp.
         """
         if plan.pp > 1:
-            raise ConfigError(f"pp = {plan.pp} cannot be trained yet: leave pp at 1")
+            raise ConfigError(f"pp = {plan.pp} has stages: join as a PipelineTeam")
         mesh = Mesh.join(plan, cfg, device)
         return cls(rank=dist.get_rank(), count=plan.data, mesh=mesh, layouts=layouts(cfg, mesh))
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
-    def divide(self, model: DeepSeekV3, dtype: torch.dtype) -> tuple[DeepSeekV3, dict[str, Tensor]]:
+    def divide(
+        self, model: DeepSeekV3, dtype: torch.dtype, micro_batch: int = 1
+    ) -> tuple[DeepSeekV3, dict[str, Tensor]]:
         plan = self.mesh.plan
         if plan.recompute:
             recompute(model)
         if plan.ep > 1:
             spread_experts(model, self.mesh.way(model.cfg.n_routed_experts))
         if plan.dp_shard == 1:
-            return super().divide(model, dtype)
+            return super().divide(model, dtype, micro_batch)
         shard(model, self.mesh, dtype)
         return model, {}  # its weights are FP32, whatever it computes in
 
@@ -80,7 +84,7 @@ class Team(Replicas):
         # An expert has seen the tokens of its whole ep group: what is missing are those of the other groups.
         experts = [g for name, g in gradients.items() if self._cut(name)]
         others = [g for name, g in gradients.items() if not self._cut(name)]
-        self.add_up(others)
+        self.add_up(others, self.mesh.data)
         if experts and self.mesh.plan.expert_replicate > 1:
             self.add_up(experts, self.mesh.experts.get_group("expert_replicate"))
 
@@ -90,7 +94,7 @@ class Team(Replicas):
         masters = optimizer.masters.items()
         shares = [m.grad.square().sum() / self.layouts[n].copies for n, m in masters if m.grad is not None]
         squares = torch.stack(shares).sum()
-        dist.all_reduce(squares, group=self.mesh.data)
+        dist.all_reduce(squares)
         norm = squares.sqrt()
         if clip_norm < norm < torch.inf:
             nn.utils.clip_grads_with_norm_([master for _, master in masters], clip_norm, norm)
@@ -98,8 +102,9 @@ class Team(Replicas):
 
     # ---- putting together and taking apart -------------------------------------------------------------------------
 
-    def whole(self, name: str, own: Tensor) -> Tensor | None:
-        return self.layouts[name].together(own, self.mesh.data)
+    def whole(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        put_together = {name: self.layouts[name].together(piece, self.mesh.data) for name, piece in own.items()}
+        return {name: tensor for name, tensor in put_together.items() if tensor is not None}
 
     def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -112,4 +117,4 @@ class Team(Replicas):
         return load_pieces(folder, self.layouts)
 
     def _cut(self, name: str) -> bool:
-        return self.layouts[name].copies < self.count
+        return self.layouts[name].copies < self.mesh.plan.data

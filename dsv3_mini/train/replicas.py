@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from dsv3_mini.errors import ConfigError
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dsv3_mini.train.losses import Losses, training_losses
 from dsv3_mini.train.optimizer import MasterAdamW
 
 PATIENCE = datetime.timedelta(minutes=30)  # how long the others wait while the first one evaluates and saves
@@ -41,8 +43,21 @@ class Replicas:
     def first(self) -> bool:
         return self.rank == 0
 
-    def divide(self, model: DeepSeekV3, dtype: torch.dtype) -> tuple[DeepSeekV3, dict[str, Tensor]]:
-        """The model as this process trains it, from the whole one in FP32; and the FP32 weights that were rounded for it."""
+    def check_batch(self, fewest: int) -> None:
+        """Raises ConfigError if batches of so few rows cannot be shared."""
+        if fewest < self.count:
+            raise ConfigError(
+                f"batch_size = {fewest} cannot be shared among {self.count} processes: start at most {fewest}"
+            )
+
+    def divide(
+        self, model: DeepSeekV3, dtype: torch.dtype, micro_batch: int = 1
+    ) -> tuple[DeepSeekV3, dict[str, Tensor]]:
+        """The model as this process trains it, from the whole one in FP32; and the FP32 weights that were rounded for it.
+
+        Args:
+            dtype: to compute in. micro_batch: rows at a time, at most, for a model that cuts its batches itself.
+        """
         start = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return model.to(dtype), start
 
@@ -57,6 +72,13 @@ class Replicas:
     def before_micro_batch(self, model: DeepSeekV3, last: bool) -> None:
         """Called before each micro-batch of a step."""
 
+    def losses(
+        self, model: DeepSeekV3, tokens: Int[Tensor, "b s"], targets: Int[Tensor, "b s"], mtp_weight: float,
+        balance_weight: float, batch_targets: Int[Tensor, "B s"],
+    ) -> Losses:  # fmt: skip
+        """The losses of a micro-batch, as `training_losses` has them."""
+        return training_losses(model, tokens, targets, mtp_weight, balance_weight, batch_targets=batch_targets)
+
     def sum_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Replace the gradients, by name, by their sums over the whole batch."""
         self.add_up(list(gradients.values()))
@@ -65,9 +87,9 @@ class Replicas:
         """Scale the whole model's gradient down to a norm of at most `clip_norm`; returns the norm before."""
         return optimizer.clip_gradients(clip_norm)
 
-    def whole(self, name: str, own: Tensor) -> Tensor | None:
-        """A weight, or what belongs to one, put together in the first process. All call this together."""
-        return own
+    def whole(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights, or what belongs to them, by name, put together in the first process. All call this together."""
+        return dict(own)
 
     def save(self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a checkpoint of what all processes hold, or begin to: `settle` waits. All call this together."""

@@ -33,7 +33,7 @@ from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, max_violation, routers, update_biases
 from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints
 from dsv3_mini.train.halves import Halves
-from dsv3_mini.train.losses import Losses, training_losses
+from dsv3_mini.train.losses import Losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import ALONE, Replicas
@@ -107,10 +107,7 @@ class Trainer:
                 "choose another recipe, or a model that reads as far"
             )
         fewest = round(min(min(piece.start, piece.end) for piece in recipe.batch_size.pieces))
-        if fewest < replicas.count:
-            raise ConfigError(
-                f"batch_size = {fewest} cannot be shared among {replicas.count} processes: start at most {fewest}"
-            )
+        replicas.check_batch(fewest)
         self.folder, self.cfg, self.recipe, self.tokenizer, self.device = folder, cfg, recipe, tokenizer, device
         self.replicas = replicas
         # In FP32 alone: gradients in BF16 are added up in FP32, by the optimizer, and FP8 weights are rounded once for all.
@@ -126,7 +123,8 @@ class Trainer:
                 model.lm_head.weight.copy_(model.embed_tokens.weight)
         fp8 = recipe.precision == "fp8"
         # The twin's linears stay FP32 in `to`: they are their own masters, and what they multiply is rounded to FP8.
-        self.model, start = replicas.divide(to_fp8(model) if fp8 else model, DTYPES[recipe.precision])
+        dtype = DTYPES[recipe.precision]
+        self.model, start = replicas.divide(to_fp8(model) if fp8 else model, dtype, recipe.micro_batch)
         moments = torch.bfloat16 if fp8 else torch.float32
         self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start, moments)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -152,7 +150,9 @@ class Trainer:
 
         def learn(part: Int[Tensor, "b s1"]) -> Losses:
             inputs, targets = inputs_and_targets(part, self.tokenizer.pad_id)
-            losses = training_losses(self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets)
+            losses = self.replicas.losses(
+                self.model, inputs, targets, mtp_lambda, recipe.alpha, batch_targets=all_targets
+            )
             self._require_finite(losses.total, "loss")
             losses.total.backward()
             return losses
@@ -284,7 +284,7 @@ class Trainer:
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving average of the weights, whole; of several processes, which call this together, only in the first."""
         own = self.optimizer.ema or {name: master.detach() for name, master in self.optimizer.masters.items()}
-        whole = {name: self.replicas.whole(name, piece) for name, piece in own.items()}
+        whole = self.replicas.whole(own)
         return whole if self.replicas.first else {}
 
     def averaged_model(self) -> DeepSeekV3:

@@ -36,6 +36,14 @@ def test_the_reports_layout() -> None:
         ({"dp_shard": 4, "dp_replicate": 2, "ep": 8}, r"ep = 8 must divide dp_shard \(4\)"),
         ({"dp_replicate": 4, "ep": 8}, r"ep = 8 must divide dp_replicate \(4\)"),
         ({"dp_shard": 4, "ep": 4, "ep_nodes": 3}, r"ep_nodes = 3 must divide ep \(4\)"),
+        (
+            {"pp": 2, "schedule": "DualPipe"},
+            "schedule = 'DualPipe' must be one of torch's: GPipe, 1F1B, Interleaved1F1B, ",
+        ),
+        (
+            {"schedule": "DualPipeV"},
+            "schedule = 'DualPipeV' is an order of pipeline stages, and pp = 1 has but one: give a pp",
+        ),
         ({"pp": 2, "tp": 2}, "tp = 2 cannot go with pp = 2: tp is for inference"),
     ],
 )
@@ -51,6 +59,8 @@ def test_numbers_that_do_not_fit_together(fields: dict[str, Any], message: str) 
         ({"dp_shard": 16, "ep": 16}, {}, 16, r"ep = 16 must divide n_routed_experts \(8\)"),
         ({"dp_shard": 24, "ep": 8}, {}, 24, r"dp_shard = 24 leaves 3 processes to share 1 experts .* hidden_size \(64\)"),
         ({"pp": 4}, {}, 4, r"pp = 4 must be at most num_hidden_layers \(3\)"),
+        ({"pp": 2, "schedule": "DualPipeV"}, {}, 2,
+         r"pp = 2 must be at most num_hidden_layers \(3\) / 2, as DualPipeV has 2 stages a process: a stage holds"),
         ({"tp": 8}, {}, 8, r"tp = 8 must divide num_attention_heads \(4\)"),
         ({"dp_shard": 8, "ep": 8, "ep_nodes": 8}, {}, 8, r"ep_nodes = 8 must divide n_group \(4\)"),
     ],
@@ -58,6 +68,28 @@ def test_numbers_that_do_not_fit_together(fields: dict[str, Any], message: str) 
 def test_plans_that_do_not_fit_the_model(fields: dict, changes: dict, processes: int, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         ParallelPlan(**fields).check(NANO.replace(**changes), processes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"pp": 2, "dp_shard": 2},
+            "zero = 3 cannot go with pp = 2: a stage keeps its weights and sums .* give zero = 1",
+        ),
+        ({"pp": 2, "dp_shard": 2, "zero": 2}, "zero = 2 cannot go with pp = 2"),
+        (
+            {"pp": 2, "schedule": "ZBVZeroBubble", "recompute": True},
+            "schedule = 'ZBVZeroBubble' cannot go with recompute: ",
+        ),
+    ],
+)
+def test_plans_that_torch_does_not_train(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        ParallelPlan(**fields).check_training()
+    for good in ({"pp": 2}, {"pp": 2, "dp_shard": 2, "zero": 1}, {"dp_shard": 2}, {"pp": 2, "recompute": True}):
+        ParallelPlan(**good).check_training()
+    ParallelPlan.preset("report").check_training()
 
 
 def test_both_ways_to_lie_use_every_process_once() -> None:

@@ -22,19 +22,28 @@ def train(folder: Path, *command: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_torchrun_and_a_layout_give_the_run_of_one_process(tmp_path: Path) -> None:
-    one = train(tmp_path / "one", "dsv3_mini.cli", "train")
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """The run of one process, and its log."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    return folder, train(folder, "dsv3_mini.cli", "train")
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2,ep=2,recompute", "pp=2"])
+def test_torchrun_and_a_layout_give_the_run_of_one_process(
+    one: tuple[Path, list[dict]], tmp_path: Path, layout: str
+) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dsv3_mini.train"]
-    two = train(tmp_path / "two", *torchrun, "--layout", "dp_shard=2,ep=2,recompute")
-    assert [line["kind"] for line in two] == [line["kind"] for line in one]
-    assert sum(line["kind"] == "step" for line in one) >= 4
-    for a, b in zip(one, two, strict=True):
+    two = train(tmp_path / "two", *torchrun, "--layout", layout)
+    assert [line["kind"] for line in two] == [line["kind"] for line in one[1]]
+    assert sum(line["kind"] == "step" for line in two) >= 4
+    for a, b in zip(one[1], two, strict=True):
         assert b["tokens"] == a["tokens"]
         if a["kind"] == "evaluation":
             assert b["validation_loss"] == pytest.approx(a["validation_loss"], abs=2e-4)  # logged in four digits
         else:
             assert b["loss"] == pytest.approx(a["loss"], rel=2e-5) and b["load"] == a["load"]
-    weights = [load_file(next((tmp_path / name / "model").glob("*.safetensors"))) for name in ("one", "two")]
+    weights = [load_file(next((folder / "model").glob("*.safetensors"))) for folder in (one[0], tmp_path / "two")]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert (weights[1][name].float() - weight.float()).abs().max() < 2e-3, name  # a BF16 step at 0.25
@@ -44,10 +53,16 @@ def test_torchrun_and_a_layout_give_the_run_of_one_process(tmp_path: Path) -> No
     ("layout", "said"),
     [
         ("dp_shard=2,ep=3", "ep = 3 must divide dp_shard"),
-        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, recompute, once, and"),
+        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, recompute, schedule, once"),
         ("recompute=1", "'recompute=1' must be one of"),
         ("ep=2,ep=2", "'ep=2' must be one of"),
         ("shard=2", "'shard=2' must be one of"),
+        ("pp=2,schedule", "'schedule' must be one of"),
+        ("pp=2,schedule=DualPipe", "schedule = 'DualPipe' must be one of torch's: GPipe, 1F1B, "),
+        ("pp=2,schedule=DualPipeV", "pp = 2 must be at most num_hidden_layers (3) / 2, as DualPipeV has 2 stages a process"),
+        ("pp=1,dp_shard=2,schedule=DualPipeV", "schedule = 'DualPipeV' is an order of pipeline stages"),
+        ("pp=2,dp_shard=2", "zero = 3 cannot go with pp = 2: "),
+        ("pp=2,recompute,schedule=InterleavedZeroBubble", "schedule = 'InterleavedZeroBubble' cannot go with recompute: "),
         ("dp_shard=3,zero=1", "the plan is for 3 processes (pp 1 x dp_replicate 1 x dp_shard 3 x tp 1), but 2 were started"),
     ],
 )  # fmt: skip

@@ -21,10 +21,8 @@ from typing import Any
 from torch.distributed.pipelining import _schedule_visualizer
 
 from dsv3_mini.parallel.schedule_ir import Op, Phase, Schedule, ScheduleError, Slot, require_whole
+from dsv3_mini.parallel.torch_schedules import TORCH_SCHEDULES, V_SHAPED, stages_each
 
-ONE_STAGE = ("GPipe", "1F1B")
-TORCH_SCHEDULES = (*ONE_STAGE, "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 OVERLAPPED = "OVERLAP_F_B"
 
 
@@ -41,7 +39,7 @@ def from_torch(name: str, n_ranks: int, microbatches: int, stages_per_rank: int 
         raise ScheduleError(f"{name!r} is none of torch's schedules: choose one of {', '.join(TORCH_SCHEDULES)}")
     require_whole("n_ranks", n_ranks)
     require_whole("microbatches", microbatches)
-    levels = stages_per_rank or (1 if name in ONE_STAGE else 2)
+    levels = stages_per_rank or stages_each(name)
     try:
         rows = _schedule_visualizer.get_schedule_ops(name, n_ranks, microbatches, levels)
     except (ValueError, AssertionError) as error:
