@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME=NUMBER,...",
-        help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero; recompute (default: each has all)",
+        help="what the processes share: dp_shard, dp_replicate, ep, ep_nodes, zero; recompute; dispatch=plain, fp8 or deep_ep "
+        "(default: each has all)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--judge", type=whole(0), default=16, help="samples to judge at each evaluation (default: 16)")
@@ -83,8 +84,11 @@ def run(args: argparse.Namespace) -> int:
     require_device(args.device)
     require_memory(cfg, args.device)
     plan = None if args.layout is None else parse_layout(args.layout)
-    if plan is not None and recipe.precision == "fp8":
-        raise ConfigError("--precision fp8 does not go with --layout yet: leave one of them out")
+    if plan is not None and plan.dp_shard > 1 and recipe.precision == "fp8":
+        # FSDP puts weights together in BF16: FP8 would be rounded from what was rounded.
+        raise ConfigError(
+            f"--precision fp8 does not go with dp_shard = {plan.dp_shard} in --layout yet: use dp_replicate, with or without ep"
+        )
     if not torch.distributed.is_torchelastic_launched():
         processes = args.processes or (1 if plan is None else plan.processes)
         if plan is not None:
@@ -235,18 +239,21 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def parse_layout(text: str) -> ParallelPlan:
-    """'dp_shard=4,ep=2,recompute': the fields of a `ParallelPlan`."""
-    fields: dict[str, int | bool] = {}
+    """'dp_shard=4,ep=2,dispatch=fp8,recompute': the fields of a `ParallelPlan`."""
+    fields: dict[str, int | bool | str] = {}
     known = [field.name for field in dataclasses.fields(ParallelPlan)]
     for part in text.split(","):
-        name, _, number = (word.strip() for word in part.partition("="))
-        if name == "recompute" and not number:
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name == "recompute" and not value and name not in fields:
             fields[name] = True
-        elif name in known and name not in fields and name != "recompute" and number.isdecimal():
-            fields[name] = int(number)
+        elif name == "dispatch" and value and name not in fields:
+            fields[name] = value
+        elif name in known and name not in fields and name not in ("recompute", "dispatch") and value.isdecimal():
+            fields[name] = int(value)
         else:
             raise ConfigError(
-                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute) a number: ep=2"
+                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute and dispatch) a "
+                "number: ep=2"
             )
     return ParallelPlan(**fields)
 
