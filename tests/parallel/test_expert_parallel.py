@@ -6,9 +6,12 @@ comes home, each member's sum, to BF16.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_deep_ep
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +27,9 @@ from dsv3_mini.fp8.experts import FP8GroupedExperts
 from dsv3_mini.fp8.recipe import Fp8Recipe
 from dsv3_mini.model.experts import Dispatched, GroupedExperts, LoopExperts
 from dsv3_mini.model.moe import MoE
+from dsv3_mini.parallel import deep_ep
+from dsv3_mini.parallel.deep_ep import DeepEpLeg
+from dsv3_mini.parallel.dispatch import DISPATCHES, dispatch
 from dsv3_mini.parallel.expert_parallel import FP8ParallelExperts, Leg, ParallelExperts, legs, spread_experts
 from dsv3_mini.parallel.fp8_hop import Fp8Hop, packed, unpacked
 from dsv3_mini.parallel.hop import Hop
@@ -122,6 +128,7 @@ def four_processes(rank: int, folder: Path) -> None:
                 expected = all_tokens[what][here] if what.endswith("proj") else alone[what]
                 torch.testing.assert_close(got[what], expected, rtol=1e-5, atol=1e-4, msg=f"{where}: {what}")
     bytes_on_the_wire(rank, way_of)
+    deep_ep_makes_the_same_trip(rank, way_of["one leg", "fp8"])
 
 
 # ---- FP8 ---------------------------------------------------------------------------------------------------------------
@@ -243,6 +250,57 @@ def arriving(way: tuple[Leg, ...], chosen: Tensor) -> list[Tensor]:
         found.append(chosen)
         chosen = Hop(leg.group, leg.needed(chosen)).there(chosen)
     return found
+
+
+# ---- DeepEP ------------------------------------------------------------------------------------------------------------
+
+
+def deep_ep_makes_the_same_trip(rank: int, way: tuple[Leg, ...]) -> None:
+    """With the package's stand-in, whose combine sums in FP32 and rounds once to BF16: the model computes in BF16, too."""
+    sys.modules["deep_ep"] = fake_deep_ep
+    experts = GroupedExperts(CFG.replace(hidden_size=256))
+    torch.manual_seed(6)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    experts, leg = experts.bfloat16(), DeepEpLeg(EXPERTS, dist.group.WORLD)
+    for case, (chosen, counts) in extremes().items():
+        own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        x, weight = (torch.randn(len(chosen), 256, dtype=torch.bfloat16)[own] for _ in range(2))
+        gates = torch.rand(len(chosen), K)[own]
+        fake_deep_ep.Buffer.calls.clear()
+        ours, theirs = (run(ParallelExperts(experts, each), x, chosen[own], gates, weight) for each in (way, (leg,)))
+        for what in ours:
+            assert torch.equal(theirs[what], ours[what]), f"{case}, process {rank}: {what}"
+        once = ("dispatch", "combine", "combine, weights", "dispatch, known")
+        assert fake_deep_ep.Buffer.calls == dict.fromkeys(once, 1)
+    assert fake_deep_ep.Buffer.made == 1, "one buffer for all layers and steps"
+
+
+def test_deep_ep_says_why_it_cannot_run_and_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="dispatch 'deep_ep' cannot run here: .*: use 'fp8'$"):
+        dispatch("deep_ep")
+    monkeypatch.setattr(deep_ep, "no_hopper", lambda: None)
+    monkeypatch.setitem(sys.modules, "deep_ep", None)
+    monkeypatch.setattr(deep_ep.importlib.util, "find_spec", lambda name: None)
+    assert deep_ep.missing() == (
+        "the package deep_ep is not installed: use 'fp8', or install github.com/deepseek-ai/DeepEP"
+    )
+    monkeypatch.setattr(deep_ep.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(deep_ep, "_package", lambda: fake_deep_ep)
+    assert deep_ep.missing() is None and dispatch("deep_ep") is DISPATCHES["deep_ep"]
+    monkeypatch.delattr(fake_deep_ep.Buffer, "combine")
+    assert deep_ep.missing() == "the installed deep_ep has no Buffer.combine: install a release that has, or use 'fp8'"
+    with pytest.raises(ConfigError, match="dispatch 'smoke' is not known: choose one of plain, fp8, deep_ep"):
+        dispatch("smoke")
+
+
+def test_deep_ep_takes_widths_of_whole_tiles() -> None:
+    alone = SimpleNamespace(size=lambda: 1)
+    with pytest.raises(ConfigError, match=r"hidden_size = 192 must be a multiple of 128 for DeepEP: use dispatch 'fp8'"):
+        DeepEpLeg(8, alone).buffer(192)
+
+
+# ---- by itself ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_message_is_its_numbers_and_exponents_and_changes_nothing_the_second_time() -> None:
