@@ -84,9 +84,7 @@ class Leg:
         return table.scatter(1, behind.where(reached, members), True)[:, :members]
 
 
-def legs(
-    experts: int, nodes: dist.ProcessGroup, inside: dist.ProcessGroup, hop: type[Hop] = Hop
-) -> tuple[Leg, ...]:
+def legs(experts: int, nodes: dist.ProcessGroup, inside: dist.ProcessGroup, hop: type[Hop] = Hop) -> tuple[Leg, ...]:
     """The way from any process to every expert.
 
     Args:
@@ -163,5 +161,7 @@ def spread_experts(model: nn.Module, way: tuple[Stretch, ...]) -> None:
         if isinstance(module, MoE):
             kind = type(module.experts)
             if kind not in ON_PROCESSES:
-                raise ConfigError(f"{name}.experts: {kind.__name__} cannot be spread: build the model with GroupedExperts")
+                raise ConfigError(
+                    f"{name}.experts: {kind.__name__} cannot be spread: build the model with GroupedExperts"
+                )
             module.experts = ON_PROCESSES[kind](module.experts, way)

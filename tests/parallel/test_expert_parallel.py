@@ -155,7 +155,9 @@ def home_again(x: Tensor, chosen: Tensor, factor: Tensor, nodes: int) -> Tensor:
     return out
 
 
-def rounds_where_it_should(way: tuple[Leg, ...], exact: GroupedExperts, chosen: Tensor, gates: Tensor, where: str) -> None:
+def rounds_where_it_should(
+    way: tuple[Leg, ...], exact: GroupedExperts, chosen: Tensor, gates: Tensor, where: str
+) -> None:
     """Bit for bit: tokens of any size, an outlier in some, experts that only multiply."""
     draw = torch.Generator().manual_seed(3)
     x, weight = (torch.randn(len(chosen), WIDTH, generator=draw) for _ in range(2))
@@ -235,7 +237,10 @@ def bytes_on_the_wire(rank: int, way_of: dict[tuple[str, str], tuple[Leg, ...]])
         with Wires() as wires:
             run(ParallelExperts(experts, way), x, chosen, gates, torch.ones_like(x))
         where = f"{name}, {kind}, process {rank}"
-        out, in_bf16 = 2 * copies * there, 2 * back * home  # tokens and gradients of results; results and gradients of tokens
+        out, in_bf16 = (
+            2 * copies * there,
+            2 * back * home,
+        )  # tokens and gradients of results; results and gradients of tokens
         if kind == "plain":
             assert wires.sent[torch.bfloat16] == out + in_bf16 and not wires.sent[torch.uint8], where
         else:
@@ -296,7 +301,9 @@ def test_deep_ep_says_why_it_cannot_run_and_what_to_use(monkeypatch: pytest.Monk
 
 def test_deep_ep_takes_widths_of_whole_tiles() -> None:
     alone = SimpleNamespace(size=lambda: 1)
-    with pytest.raises(ConfigError, match=r"hidden_size = 192 must be a multiple of 128 for DeepEP: use dispatch 'fp8'"):
+    with pytest.raises(
+        ConfigError, match=r"hidden_size = 192 must be a multiple of 128 for DeepEP: use dispatch 'fp8'"
+    ):
         DeepEpLeg(8, alone).buffer(192)
 
 
@@ -310,7 +317,9 @@ def test_a_message_is_its_numbers_and_exponents_and_changes_nothing_the_second_t
     assert message.dtype == torch.uint8 and message.shape == (7, row_bytes(300, "fp8")[0])
     once = unpacked(message, 300, torch.float32)
     assert torch.equal(once[:3], rounded(x[:3], (1, 128), power_of_two=True))
-    assert once[3, :128].isnan().all() and not once[3, 128:].isnan().any(), "a tile with a NaN is NaN, and the others are not"
+    assert once[3, :128].isnan().all() and not once[3, 128:].isnan().any(), (
+        "a tile with a NaN is NaN, and the others are not"
+    )
     assert torch.equal(unpacked(packed(once), 300, torch.float32)[:3], once[:3])
     assert torch.equal(unpacked(message, 300, torch.bfloat16).float()[:3], once[:3]), "BF16 holds them exactly"
 
