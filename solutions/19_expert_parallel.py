@@ -427,11 +427,12 @@ for name, values in curves.items():
 # %%
 from dsv3_mini.viz.figures.expert_parallel import skew_figure
 
-most_even = all(network <= min(rows, inside) for rows, inside, network in zip(*curves.values(), strict=True))
+by_skew = list(zip(*curves.values(), strict=True))
+most_even = all(network < min(rows, inside) for rows, inside, network in by_skew[1:])
 rows, inside, network = (values[-1] for values in curves.values())
-print("at every skew the network is the most even:", most_even)
+print("wherever there is skew the network is the most even:", most_even)
 print("and hardly above its ceiling:", network < 2.3)
-assert network < 2.3 < inside < rows
+assert most_even and network < 2.3 < inside < rows
 skew_figure(skews, curves, ceiling=2.0)
 
 # %% [markdown]
@@ -442,23 +443,22 @@ skew_figure(skews, curves, ceiling=2.0)
 # ## Experiment 2: what does rounding cost?
 #
 # Dispatch rounds to E4M3, combine to BF16. Why not both to E4M3? Take the tiny trained model with its products in FP8
-# (lesson 16), round what goes to its experts and what comes back, and read stories that it has never seen.
+# (lesson 16), and round what goes to its experts while it reads stories that it has never seen.
 #
-# **What we expect.** On the way *there*, nothing: not a small difference but none, to the last bit, for the experts' first
-# step is the same rounding, and what stands on the grid already is not moved again. That holds if scales are powers of two.
-# With any other scale the second rounding may move numbers. On the way *home* nobody would have rounded to 3 bits: there it
-# costs something new, and BF16 far less.
+# **What we expect.** Nothing: not a small difference but none, to the last bit. The experts' first step is the same
+# rounding, and what stands on the grid already is not moved again. That holds if scales are powers of two. With any other
+# scale the second rounding may move numbers.
 
 # %%
 import dsv3_mini as dsv3
 from dsv3_mini.data.shipped import shipped
 from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
-from dsv3_mini.fp8 import to_fp8
+from dsv3_mini.fp8 import from_fp8, to_fp8
 from dsv3_mini.fp8.quantize import quantize
 
-model, tokenizer = to_fp8(dsv3.from_pretrained(shipped("tiny")).eval()), Tokenizer.shipped()
-stories = held_out_rows("stories", tokenizer, seq_len=128, rows=4).tokens[:, :-1]
+model = to_fp8(dsv3.from_pretrained(shipped("tiny")).eval())
+stories = held_out_rows("stories", Tokenizer.shipped(), seq_len=128, rows=4).tokens[:, :-1]
 
 
 def in_e4m3(x: Tensor, power_of_two: bool = True) -> Tensor:
@@ -472,13 +472,8 @@ from collections.abc import Callable
 Trip = Callable[[Tensor], Tensor]
 
 
-def as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-# %%
-def logits_with(there: Trip = as_it_is, back: Trip = as_it_is) -> Tensor:
-    """The model's logits when rows travel to the experts by `there`, and results by `back`."""
+def logits_with(there: Trip = Tensor.clone, back: Trip = Tensor.clone) -> Tensor:
+    """The model's logits when vectors travel to the experts by `there`, and results by `back`."""
     all_experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
     hooks = [each.register_forward_pre_hook(lambda _, args: (there(args[0]), *args[1:])) for each in all_experts]
     hooks += [each.register_forward_hook(lambda _, args, out: back(out)) for each in all_experts]
@@ -490,22 +485,31 @@ def logits_with(there: Trip = as_it_is, back: Trip = as_it_is) -> Tensor:
 
 
 # %%
-exact = logits_with()
-trips = {
-    "there in E4M3": logits_with(there=in_e4m3),
-    "there in E4M3, any scale": logits_with(there=lambda x: in_e4m3(x, power_of_two=False)),
-    "home in BF16": logits_with(back=lambda out: out.bfloat16().float()),
-    "home in E4M3": logits_with(back=in_e4m3),
-}
-for name, logits in trips.items():
-    print(f"{name:25} the same to the last bit: {torch.equal(logits, exact)}")
-assert torch.equal(trips["there in E4M3"], exact)
-ratio = off(trips["home in E4M3"], exact) / off(trips["home in BF16"], exact)
-print("home in E4M3 moves the logits more than twice as far as home in BF16:", ratio > 2)
+as_it_is = logits_with()
+for name, power_of_two in (("powers of two", True), ("any scale", False)):
+    rounded = logits_with(there=lambda x, two=power_of_two: in_e4m3(x, two))
+    print(f"there in E4M3, {name:13}: the same to the last bit: {torch.equal(rounded, as_it_is)}")
+    assert torch.equal(rounded, as_it_is) == power_of_two
 
 # %% [markdown]
 # So half of the bytes on the way out cost *nothing*, if the products are in FP8 anyway. That is what powers of two are for:
-# a rounding that is done once. On the way home each byte that is saved would be paid for, and the report does not save it.
+# a rounding that is done once.
+#
+# On the way *home* nobody would have rounded to 3 bits. **What we expect** there: E4M3 costs something new, and BF16, with
+# its 7 bits, far less. We measure it in the model with its products in high precision, where nothing else rounds. (With FP8
+# products there is no small change: whatever moves a number, even BF16's rounding, pushes some others over an edge of E4M3,
+# and a layer later the difference is as large as FP8's own. Leave out `from_fp8` and see.)
+
+# %%
+from_fp8(model)
+as_it_is = logits_with()
+bf16 = off(logits_with(back=lambda out: out.bfloat16().float()), as_it_is)
+e4m3 = off(logits_with(back=in_e4m3), as_it_is)
+print("home in E4M3 moves the logits more than twice as far as home in BF16:", e4m3 > 2 * bf16)
+assert e4m3 > 2 * bf16
+
+# %% [markdown]
+# On the way home each byte that is saved is paid for, and the report does not save it.
 
 # %% [markdown] tags=["interactive"]
 # ## The wires

@@ -1,7 +1,8 @@
 """Experts on real processes, for lesson 19: gloo ranks on this machine, each with its own tokens and its own experts.
 
-The notebook writes what all of them start from into a folder, starts `python -m dsv3_mini.course.expert_ranks FOLDER RANK` for
-each, and reads what they wrote. Tensors go through safetensors; the processes meet through a file in the same folder.
+The notebook writes what all of them start from into a folder, starts `python -m dsv3_mini.course.expert_ranks FOLDER`, which
+starts the ranks, and reads what they wrote. Tensors go through safetensors; the ranks meet through a file in the same folder.
+On Linux they part from one process that has imported all they need: a start costs seconds, and four of them four times that.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def on_ranks(
         layouts: (nodes, dispatch) of each run; ranks lie evenly on nodes.
 
     Raises:
-        UserError: a rank failed; with the end of what it said.
+        UserError: a rank failed; with the last line of what it said.
     """
     with tempfile.TemporaryDirectory(prefix="dsv3-ranks-") as name:
         folder = Path(name)
@@ -66,19 +67,12 @@ def on_ranks(
         save_file(
             {**weights, **{key: tensor.contiguous() for key, tensor in inputs.items()}}, folder / "start.safetensors"
         )
-        started = [_start(folder, rank) for rank in range(len(counts))]
-        said = [process.communicate(timeout=180)[1] for process in started]
-        for rank, process in enumerate(started):
-            if process.returncode:
-                last = (said[rank].strip().splitlines() or ["nothing was said"])[-1]
-                raise UserError(f"rank {rank} ended with exit code {process.returncode}: {last}")
+        words = [sys.executable, "-m", "dsv3_mini.course.expert_ranks", str(folder)]
+        alone = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+        done = subprocess.run(words, env=alone, capture_output=True, text=True, timeout=180)
+        if done.returncode:
+            raise UserError(f"a rank failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
         return [_gather(folder, number, len(counts)) for number in range(len(layouts))]
-
-
-def _start(folder: Path, rank: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "dsv3_mini.course.expert_ranks", str(folder), str(rank)]
-    one = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
-    return subprocess.Popen(words, env=one, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def _gather(folder: Path, number: int, ranks: int) -> Outcome:
@@ -90,7 +84,19 @@ def _gather(folder: Path, number: int, ranks: int) -> Outcome:
 # ---- one rank ----------------------------------------------------------------------------------------------------------
 
 
-def be_a_rank(folder: Path, rank: int) -> None:
+def start_ranks(folder: Path) -> None:
+    """All ranks of the plan in `folder`, to their end."""
+    plan = json.loads((folder / "plan.json").read_text())
+    import torch._dynamo  # noqa: F401  what torch's exchange imports when it is first used
+    import torch.multiprocessing
+
+    import dsv3_mini.parallel.dispatch  # noqa: F401
+
+    method = "fork" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.start_processes(be_a_rank, (folder,), len(plan["counts"]), start_method=method)
+
+
+def be_a_rank(rank: int, folder: Path) -> None:
     # Here, for the notebook itself needs nothing of it.
     from dsv3_mini.parallel.dispatch import dispatch
     from dsv3_mini.parallel.expert_parallel import ParallelExperts
@@ -145,4 +151,4 @@ def _experts(plan: dict, start: Mapping[str, Tensor]) -> GroupedExperts:
 
 
 if __name__ == "__main__":
-    be_a_rank(Path(sys.argv[1]), int(sys.argv[2]))
+    start_ranks(Path(sys.argv[1]))

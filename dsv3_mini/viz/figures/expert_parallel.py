@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from dsv3_mini.parallel.exchange_time import PartTime
@@ -72,7 +73,7 @@ def skew_figure(skews: Sequence[float], curves: Mapping[str, Sequence[float]], c
         for (name, values), colour, marker in zip(curves.items(), COLOURS[3::-1], "sDo", strict=False):
             axes.plot(skews, values, color=colour, marker=marker, linewidth=2, label=name)
         axes.axhline(ceiling, color=QUIET, linestyle="--")
-        axes.text(skews[0], 1.06 * ceiling, "the network's ceiling: every token to the same nodes", color=QUIET)
+        axes.text(skews[-1], 1.06 * ceiling, "ceiling: every token to the same nodes", color=QUIET, ha="right")
         axes.set(
             xlabel="skew (spread of popularity, in spreads of preference)", ylabel="fullest over mean", yscale="log"
         )
@@ -113,6 +114,7 @@ def wires_figure(received: Float[Tensor, " gpus"], gpus: int, times: Mapping[str
         clock.invert_yaxis()
         clock.set(xlabel="time (milliseconds a layer)", ylabel="part of the exchange")
         clock.set_xlim(0, 1.05 * max(map(sum, zip(even, waiting, strict=True))))
+        clock.xaxis.set_major_locator(MaxNLocator(5))
         clock.set_title("When everyone is done")
         clock.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         figure.suptitle(title, fontweight="bold")
