@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME=NUMBER,...",
-        help="what the processes share: pp, schedule, dp_shard, dp_replicate, ep, ep_nodes, zero; recompute "
+        help="what the processes share: pp, schedule, dp_shard, dp_replicate, ep, ep_nodes, zero; recompute; "
+        "dispatch=plain, fp8 or deep_ep "
         "(default: each has all)",
     )
     parser.add_argument(
@@ -99,8 +100,12 @@ def run(args: argparse.Namespace) -> int:
     plan = None if args.layout is None else parse_layout(args.layout)
     if plan is not None:
         plan.check_training()
-    if plan is not None and recipe.precision == "fp8":
-        raise ConfigError("--precision fp8 does not go with --layout yet: leave one of them out")
+    if plan is not None and max(plan.dp_shard, plan.pp) > 1 and recipe.precision == "fp8":
+        # FSDP puts weights together in BF16: FP8 would be rounded from what was rounded.
+        name = "dp_shard" if plan.dp_shard > 1 else "pp"
+        raise ConfigError(
+            f"--precision fp8 does not go with {name} = {getattr(plan, name)} in --layout yet: use dp_replicate, with or without ep"
+        )
     if not torch.distributed.is_torchelastic_launched():
         processes = args.processes or (1 if plan is None else plan.processes)
         if plan is not None:
@@ -251,21 +256,22 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def parse_layout(text: str) -> ParallelPlan:
-    """'pp=2,schedule=DualPipeV,dp_shard=4,ep=2,zero=1' or 'dp_shard=4,recompute': the fields of a `ParallelPlan`."""
+    """'pp=2,schedule=DualPipeV,dp_shard=4,ep=2,zero=1' or 'ep=2,dispatch=fp8,recompute': the fields of a `ParallelPlan`."""
     fields: dict[str, int | bool | str] = {}
     known = [field.name for field in dataclasses.fields(ParallelPlan)]
     for part in text.split(","):
         name, _, value = (word.strip() for word in part.partition("="))
-        if name == "recompute" and not value:
+        new = name in known and name not in fields
+        if new and name == "recompute" and not value:
             fields[name] = True
-        elif name == "schedule" and name not in fields and value:
+        elif new and name in ("schedule", "dispatch") and value:
             fields[name] = value
-        elif name in known and name not in (*fields, "recompute", "schedule") and value.isdecimal():
+        elif new and name not in ("recompute", "schedule", "dispatch") and value.isdecimal():
             fields[name] = int(value)
         else:
             raise ConfigError(
-                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute and schedule) "
-                "a number: ep=2"
+                f"--layout: {part.strip()!r} must be one of {', '.join(known)}, once, and (but for recompute, schedule and "
+                "dispatch) a number: ep=2"
             )
     return ParallelPlan(**fields)
 

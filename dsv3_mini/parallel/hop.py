@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
@@ -28,8 +28,18 @@ class Hop:
         dist.all_to_all_single(arriving, leaving, group=group)
         self.leaving, self.arriving = leaving.tolist(), arriving.tolist()
 
+    def carry(
+        self, x: Float[Tensor, "T d"], chosen: Int[Tensor, "T k"], gates: Float[Tensor, "T k"]
+    ) -> tuple[Float[Tensor, "arrived d"], Int[Tensor, "arrived k"], Float[Tensor, "arrived k"]]:
+        """Tokens with their choices and gates, at those that need them."""
+        return self.rows_there(x), self.there(chosen), self.there(gates)
+
+    def rows_there(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "arrived d"]:
+        """The tokens' vectors, nearly all of what travels: here as they are."""
+        return self.there(x)
+
     def there(self, x: Shaped[Tensor, "T ..."]) -> Shaped[Tensor, "arrived ..."]:
-        """What belongs to the tokens (a row, a gate, a choice), at those that need it. Gradients travel back."""
+        """What belongs to the tokens (a vector, a gate, a choice), at those that need it. Gradients travel back."""
         return self._exchange(x.index_select(0, self.sender_row), self.leaving, self.arriving)
 
     def back(self, results: Float[Tensor, "arrived d"]) -> Float[Tensor, "T d"]:

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
-from dsv3_mini.parallel.expert_parallel import Leg, legs
+from dsv3_mini.parallel.dispatch import dispatch
+from dsv3_mini.parallel.expert_parallel import Stretch
 from dsv3_mini.parallel.plan import ParallelPlan
 
 
@@ -32,9 +33,10 @@ class Mesh:
         """The meshes, once the processes have met (`init_process_group`); all of them call this together.
 
         Raises:
-            ConfigError: the plan does not fit the model or the number of processes, or has tp.
+            ConfigError: the plan does not fit the model or the number of processes, has tp, or a dispatch that cannot run here.
         """
         plan.check(cfg, dist.get_world_size())
+        dispatch(plan.dispatch)
         if plan.tp > 1:
             raise ConfigError(f"tp = {plan.tp} is for inference: train with pp, dp_replicate, dp_shard and ep")
         shape = (plan.pp, plan.dp_replicate, plan.dp_shard)
@@ -48,6 +50,10 @@ class Mesh:
         data = dense["dp_replicate", "dp_shard"]._flatten("data").get_group()
         return cls(plan, dense, experts, data)
 
-    def way(self, experts: int) -> tuple[Leg, ...]:
-        """How this process's tokens reach each of a layer's `experts`."""
-        return legs(experts, self.experts.get_group("ep_node"), self.experts.get_group("ep_place"))
+    def way(self, experts: int) -> tuple[Stretch, ...]:
+        """How this process's tokens reach each of a layer's `experts`. All processes call this together."""
+        nodes, inside = self.experts.get_group("ep_node"), self.experts.get_group("ep_place")
+        return dispatch(self.plan.dispatch).way(experts, nodes, inside, self._ep_group)
+
+    def _ep_group(self) -> dist.ProcessGroup:
+        return self.experts["ep_node", "ep_place"]._flatten("ep").get_group()

@@ -37,12 +37,15 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.parallel.torch_schedules import SPLIT, TORCH_SCHEDULES, stages_each
 
+DISPATCH_NAMES = ("plain", "fp8", "deep_ep")
+
 
 @dataclass(frozen=True)
 class ParallelPlan:
     """The layout. Alone by default.
 
     `ep_nodes` is how many nodes an ep group spans: above 1, a token goes once to each node and is handed on there.
+    `dispatch`: how tokens travel to their experts, one of DISPATCH_NAMES (`parallel/dispatch.py` tells of each).
     `recompute`: norms and up-projections are made again in backward, not kept.
 
     Raises:
@@ -56,6 +59,7 @@ class ParallelPlan:
     ep_nodes: int = 1
     tp: int = 1
     zero: int = 3
+    dispatch: str = "plain"
     recompute: bool = False
     schedule: str = "1F1B"
 
@@ -68,6 +72,9 @@ class ParallelPlan:
             elif field.name == "schedule":
                 if value not in TORCH_SCHEDULES:
                     raise ConfigError(f"schedule = {value!r} must be one of torch's: {', '.join(TORCH_SCHEDULES)}")
+            elif field.name == "dispatch":
+                if value not in DISPATCH_NAMES:
+                    raise ConfigError(f"dispatch = {value!r} must be one of {', '.join(DISPATCH_NAMES)}")
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name} = {value!r} must be a whole number of at least 1")
         _require(self.zero <= 3, "zero", self.zero, "must be 1, 2 or 3")

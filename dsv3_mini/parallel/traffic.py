@@ -8,6 +8,9 @@ of wire carry a token from its own GPU to those of its experts:
 
 A copy arrives on the GPU that has the sender's place in its node. Simplifications: experts lie in the order of their numbers,
 one layer is looked at, and results, which travel back the same way, are not counted.
+
+`wire_tables` counts the copies of a whole batch, GPU by GPU, `row_bytes` says what one of them weighs, and `fullest` how many
+the busiest GPU has to send or to receive: an exchange is over when that one is done.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dsv3_mini.errors import ConfigError
+from dsv3_mini.fp8.quantize import TILE
 
 NETWORK_SPEED, INSIDE_SPEED = 50e9, 160e9  # bytes a second and GPU: InfiniBand and NVLink of the report's cluster
 
@@ -110,3 +114,43 @@ def traffic(reached: Bool[Tensor, "T g"], home: Int[Tensor, " T"]) -> Int[Tensor
     nodes = reached.shape[1]
     sent = torch.zeros(nodes, nodes, dtype=torch.long, device=reached.device).index_add(0, home, reached.long())
     return sent.fill_diagonal_(0)
+
+
+def wire_tables(
+    cluster: Cluster, chosen: Int[Tensor, "T k"], home: Int[Tensor, " T"]
+) -> tuple[Int[Tensor, "sender receiver"], Int[Tensor, "sender receiver"]]:
+    """Copies from each GPU to each other one, over the network and inside nodes: all tokens' journeys, once per node.
+
+    Args:
+        home: the GPU that each token lies on.
+    """
+    gpus, of = cluster.n_gpus, cluster.gpus
+    needed = nodes_reached(chosen, cluster.n_experts, gpus)  # [T gpu]
+    tables = torch.zeros(2, gpus, gpus, dtype=torch.long, device=chosen.device)
+    token, goal = needed.nonzero(as_tuple=True)
+    landing = goal // of * of + home[token] % of
+    tables[1].view(-1).index_add_(0, landing * gpus + goal, torch.ones_like(goal))
+    token, node = nodes_reached(chosen, cluster.n_experts, cluster.nodes).nonzero(as_tuple=True)
+    landing = node * of + home[token] % of
+    tables[0].view(-1).index_add_(0, home[token] * gpus + landing, torch.ones_like(node))
+    network, inside = tables
+    return network.fill_diagonal_(0), inside.fill_diagonal_(0)
+
+
+def fullest(table: Int[Tensor, "sender receiver"]) -> int:
+    """The most that any one sends, or receives: wires work both ways at once."""
+    return max(int(table.sum(dim=0).max()), int(table.sum(dim=1).max()))
+
+
+SCALE_BYTES = {"fp8": 1, "deep_ep": 4}  # of 128 numbers
+
+
+def row_bytes(width: int, dispatch: str) -> tuple[int, int]:
+    """Bytes of one copy of a token's vector, on its way there and of its result on the way back.
+
+    Args:
+        dispatch: as in a ParallelPlan. `plain` is that of a model that computes in BF16. A copy's choices and gates, 12 bytes
+            for each expert, are left out.
+    """
+    back = 2 * width
+    return (back if dispatch == "plain" else width + SCALE_BYTES[dispatch] * -(-width // TILE)), back

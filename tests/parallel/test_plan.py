@@ -9,7 +9,8 @@ import pytest
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
-from dsv3_mini.parallel.plan import ParallelPlan
+from dsv3_mini.parallel.dispatch import DISPATCHES
+from dsv3_mini.parallel.plan import DISPATCH_NAMES, ParallelPlan
 
 NANO, RELEASED = ModelConfig.preset("nano"), ModelConfig.preset("671b")
 
@@ -32,6 +33,8 @@ def test_the_reports_layout() -> None:
         ({"dp_shard": 2.0}, "dp_shard = 2.0 must be a whole number of at least 1"),
         ({"zero": 4}, "zero = 4 must be 1, 2 or 3"),
         ({"recompute": 1}, "recompute = 1 must be true or false"),
+        ({"dispatch": "fp4"}, "dispatch = 'fp4' must be one of plain, fp8, deep_ep"),
+        ({"dispatch": 8}, "dispatch = 8 must be one of plain, fp8, deep_ep"),
         ({"dp_shard": 4, "ep": 3}, r"ep = 3 must divide dp_shard \(4\)"),
         ({"dp_shard": 4, "dp_replicate": 2, "ep": 8}, r"ep = 8 must divide dp_shard \(4\)"),
         ({"dp_replicate": 4, "ep": 8}, r"ep = 8 must divide dp_replicate \(4\)"),
@@ -106,6 +109,11 @@ def test_both_ways_to_lie_use_every_process_once() -> None:
         # No process holds of an expert what is not in its own copy of the other weights.
         assert plan.expert_shard * ep == shard or shard == 1
     assert seen > 100
+
+
+def test_a_plan_knows_every_dispatch() -> None:
+    assert tuple(DISPATCHES) == DISPATCH_NAMES
+    assert [ParallelPlan(dispatch=name).dispatch for name in DISPATCHES] == ["plain", "fp8", "deep_ep"]
 
 
 def test_an_unknown_layout() -> None:

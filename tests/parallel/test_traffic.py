@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
-from dsv3_mini.parallel.traffic import INSIDE_SPEED, NETWORK_SPEED, Cluster, journey, nodes_reached, traffic
+from dsv3_mini.parallel.traffic import (
+    INSIDE_SPEED,
+    NETWORK_SPEED,
+    Cluster,
+    fullest,
+    journey,
+    nodes_reached,
+    row_bytes,
+    traffic,
+    wire_tables,
+)
 
 SMALL = Cluster(nodes=4, gpus=3, experts=2)
 trips = given(
@@ -89,3 +99,31 @@ def test_blind_choices_visit_as_many_nodes_as_the_formula_says() -> None:
     chosen = torch.rand(20_000, 64).topk(6).indices
     expected = 8 * (1 - math.comb(56, 6) / math.comb(64, 6))
     assert nodes_reached(chosen, 64, 8).sum(1).float().mean().item() == pytest.approx(expected, rel=0.01)
+
+
+@given(shape=st.sampled_from([(4, 3, 2), (1, 4, 2), (3, 1, 4)]), k=st.integers(1, 6), seed=st.integers(0, 999))
+def test_wire_tables_are_those_of_single_journeys(shape: tuple[int, int, int], k: int, seed: int) -> None:
+    cluster, random = Cluster(*shape), torch.Generator().manual_seed(seed)
+    chosen = torch.rand(11, cluster.n_experts, generator=random).topk(k).indices
+    home = torch.randint(0, cluster.n_gpus, (11,), generator=random)
+    by_hand = torch.zeros(2, cluster.n_gpus, cluster.n_gpus, dtype=torch.long)
+    for row, gpu in zip(chosen.tolist(), home.tolist(), strict=True):
+        trip = journey(cluster, row, gpu)
+        for table, messages in zip(by_hand, (trip.network, trip.inside), strict=True):
+            for start, end in messages:
+                table[start, end] += 1
+    network, inside = wire_tables(cluster, chosen, home)
+    assert torch.equal(network, by_hand[0]) and torch.equal(inside, by_hand[1])
+
+
+def test_the_fullest_sends_or_receives_most() -> None:
+    assert fullest(torch.tensor([[0, 3, 1], [2, 0, 0], [9, 0, 0]])) == 11
+    assert fullest(torch.tensor([[0, 3, 8], [2, 0, 0], [1, 0, 0]])) == 11
+
+
+def test_bytes_of_a_row_at_the_released_width() -> None:
+    """One byte a number, and 56 tiles; results in BF16."""
+    assert row_bytes(7168, "plain") == (14336, 14336)
+    assert row_bytes(7168, "fp8") == (7168 + 56, 14336)
+    assert row_bytes(7168, "deep_ep") == (7168 + 4 * 56, 14336)
+    assert row_bytes(130, "fp8") == (132, 260)

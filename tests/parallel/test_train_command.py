@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from dsv3_mini.cli import main
+from dsv3_mini.commands.train import parse_layout
+from dsv3_mini.parallel.plan import ParallelPlan
 
 WORDS = "--preset nano --tokens 1280 --threads 1 --judge 0 --mixture sums"
 
@@ -53,7 +55,7 @@ def test_torchrun_and_a_layout_give_the_run_of_one_process(
     ("layout", "said"),
     [
         ("dp_shard=2,ep=3", "ep = 3 must divide dp_shard"),
-        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, recompute, schedule, once"),
+        ("dp_shard", "'dp_shard' must be one of pp, dp_replicate, dp_shard, ep, ep_nodes, tp, zero, dispatch, "),
         ("recompute=1", "'recompute=1' must be one of"),
         ("ep=2,ep=2", "'ep=2' must be one of"),
         ("shard=2", "'shard=2' must be one of"),
@@ -63,6 +65,8 @@ def test_torchrun_and_a_layout_give_the_run_of_one_process(
         ("pp=1,dp_shard=2,schedule=DualPipeV", "schedule = 'DualPipeV' is an order of pipeline stages"),
         ("pp=2,dp_shard=2", "zero = 3 cannot go with pp = 2: "),
         ("pp=2,recompute,schedule=InterleavedZeroBubble", "schedule = 'InterleavedZeroBubble' cannot go with recompute: "),
+        ("dispatch", "'dispatch' must be one of"),
+        ("ep=2,dispatch=fp4", "dispatch = 'fp4' must be one of plain, fp8, deep_ep"),
         ("dp_shard=3,zero=1", "the plan is for 3 processes (pp 1 x dp_replicate 1 x dp_shard 3 x tp 1), but 2 were started"),
     ],
 )  # fmt: skip
@@ -72,9 +76,13 @@ def test_a_layout_that_does_not_fit_is_one_line(layout: str, said: str, capsys: 
     assert complaint.startswith("dsv3 train: ") and said in complaint and complaint.count("\n") == 1
 
 
-def test_fp8_and_a_layout_are_refused_together(capsys: pytest.CaptureFixture) -> None:
-    """Experts that are spread would be computed in high precision, and nobody would notice."""
+def test_fp8_and_shared_weights_are_refused_together(capsys: pytest.CaptureFixture) -> None:
+    """FSDP would round masters to BF16 before they are rounded to FP8, and nobody would notice."""
     assert main(["train", "--preset", "nano", "--precision", "fp8", "--layout", "dp_shard=2,ep=2"]) == 2
-    assert (
-        capsys.readouterr().err == "dsv3 train: --precision fp8 does not go with --layout yet: leave one of them out\n"
-    )
+    said = "--precision fp8 does not go with dp_shard = 2 in --layout yet: use dp_replicate, with or without ep"
+    assert capsys.readouterr().err == f"dsv3 train: {said}\n"
+
+
+def test_a_layout_is_read_into_a_plan() -> None:
+    plan = parse_layout("dp_replicate=4, ep=4,ep_nodes=2,dispatch=fp8,recompute")
+    assert plan == ParallelPlan(dp_replicate=4, ep=4, ep_nodes=2, dispatch="fp8", recompute=True)
