@@ -15,7 +15,7 @@ all but one piece of what is gathered, and what a node lacks comes over the netw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,6 +75,15 @@ class Exchange:
         network = whole * (1 - 1 / nodes) / local
         inside = whole * (1 - 1 / count) if local > 1 else 0.0
         return Wires(inside, network)
+
+
+def tensors_in(*things: Any) -> Iterator[Tensor]:
+    """All tensors of arguments or results, lists of lists included. Torch's own trees do the same, many times slower."""
+    for thing in things:
+        if isinstance(thing, Tensor):
+            yield thing
+        elif isinstance(thing, (list, tuple)):
+            yield from tensors_in(*thing)
 
 
 class Watching(TorchDispatchMode):

@@ -27,6 +27,7 @@ from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.train.optimizer import own_piece
 
 OWN, GATHERED, GRADIENTS, MOMENTS = "own weights, FP32", "gathered weights", "gradients", "Adam's moments"
+LENT = "the first stage's embedding"
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,21 @@ class PaperGemm(Backend):
 
 
 def measure_stage(
-    cfg: ModelConfig, plan: ParallelPlan, rank: int, stage: int, stages: int, rows: int, length: int, parts: int, precision: str
-) -> StageMeasure:
+    cfg: ModelConfig, plan: ParallelPlan, rank: int, stage: int, stages: int, rows: int, length: int, parts: int, precision: str,
+    lends: bool = False,
+) -> StageMeasure:  # fmt: skip
     """Stage number `stage` as `rank` runs it, in a step of `parts` micro-batches of `rows` rows."""
     with as_rank(rank, plan.processes):
         names, exchanges, kind = Parts(), ExchangeCounter(), [""]
         work = WorkCounter(lambda: names.now)
         memory = MemoryCounter(lambda: kind[0] or names.now)
-        run = StageRun(cfg, plan, stage, stages, rows, length, parts, precision, Fp8Recipe(backend=PaperGemm(work)))
+        run = StageRun(cfg, plan, stage, stages, rows, length, parts, precision, Fp8Recipe(backend=PaperGemm(work)), lends)
         names.mark(run.stage)
         with on_paper(exchanges, memory, work), memory.watching_sizes():
             run.start_optimizer()
             memory.named(run.stage.buffers(), OWN)
+            if run.borrowed is not None:
+                memory.named([run.borrowed], LENT)
             sharded = plan.dp_shard > 1
             memory.named(run.optimizer.masters.values(), OWN)
             if not sharded:
@@ -130,6 +134,7 @@ def measure_stage(
             update = phase(base)
             moments = (state[key] for state in run.optimizer.adamw.state.values() for key in ("exp_avg", "exp_avg_sq"))
             state = {**between, MOMENTS: memory.named(moments, MOMENTS)}
+            state.pop(LENT, None)
         own = sum(own_piece(weight).numel() for weight in run.stage.parameters())
         layers = len(run.stage.layers) + (cfg.num_nextn_predict_layers if run.last else 0)
         sends = 0 if run.last else rows * length * cfg.hidden_size * run.dtype.itemsize + 4

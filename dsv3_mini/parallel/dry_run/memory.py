@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from dsv3_mini.parallel.dry_run.exchanges import tensors_in
 
 
 class MemoryCounter:
@@ -35,9 +36,8 @@ class MemoryCounter:
         self.at_peak: dict[str, int] = {}
 
     def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        for tensor in tensors_in(result):
+            self._add(tensor.untyped_storage())
 
     def named(self, tensors: Iterable[Tensor], kind: str) -> int:
         """Their memory is of this kind from now on, whoever made it. Returns its bytes."""

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork, Work
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_any, tree_map_only
 
 from dsv3_mini.model.router import Router, Routing, expert_load, limit_to_groups
-from dsv3_mini.parallel.dry_run.exchanges import Watching, group_of
+from dsv3_mini.parallel.dry_run.exchanges import Watching, group_of, tensors_in
 
 META = torch.device("meta")
 
@@ -45,8 +44,8 @@ class Paper(Watching):
             return exchanged(func, args)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0  # any number will do: it decides nothing but whether gradients are clipped
-        if tree_any(_on_meta, (args, kwargs)):
-            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+        if any(tensor.is_meta for tensor in tensors_in(args, *kwargs.values())):
+            args, kwargs = [_to_meta(a) for a in args], {name: _to_meta(a) for name, a in kwargs.items()}
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": META}
         elif _is_factory(func) and _makes_fractions(func, kwargs.get("dtype")):
@@ -159,12 +158,12 @@ def _is_factory(func: Any) -> bool:
     return "device" in takes and "Tensor" not in takes.values()
 
 
-def _on_meta(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_meta
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+def _to_meta(thing: Any) -> Any:
+    if isinstance(thing, (list, tuple)):
+        return type(thing)(_to_meta(part) for part in thing)
+    if not isinstance(thing, Tensor) or thing.is_meta:
+        return thing
+    return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=META)
 
 
 def _makes_fractions(func: Any, dtype: torch.dtype | None) -> bool:

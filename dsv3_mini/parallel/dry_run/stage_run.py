@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.fp8.attention import FP8Attention
@@ -47,12 +47,20 @@ class FP8ParallelExperts(ParallelExperts, FP8GroupedExperts):
 
 
 def build_stage(
-    cfg: ModelConfig, team: Team, layers: range, first: bool, last: bool, precision: str, recipe: Fp8Recipe | None = None
-) -> tuple[Stage, dict[str, Tensor]]:
-    """A stage on meta, cut as the team's plan says; and, where FSDP does not hold them, the FP32 weights it was rounded from."""
+    cfg: ModelConfig, team: Team, layers: range, first: bool, last: bool, precision: str, recipe: Fp8Recipe | None = None,
+    lends: bool = False,
+) -> tuple[Stage, dict[str, Tensor]]:  # fmt: skip
+    """A stage on meta, cut as the team's plan says; and, where FSDP does not hold them, the FP32 weights it was rounded from.
+
+    `lends`: MTP's embedding is that of the first stage, which lies on the same rank, and no weight of this one.
+    """
     mesh, plan = team.mesh, team.mesh.plan
     with torch.device("meta"):
         stage = Stage(DeepSeekV3(cfg), layers, first, last)
+        if lends and hasattr(stage, "embed_tokens"):
+            del stage.embed_tokens
+            borrowed = nn.Embedding(cfg.vocab_size, cfg.hidden_size, dtype=DTYPES[precision])
+            object.__setattr__(stage, "embed_tokens", borrowed)  # seen, not owned
     route_evenly(stage)
     if precision == "fp8":
         to_fp8(stage, recipe or Fp8Recipe())
@@ -97,13 +105,13 @@ class StageRun:
     Args:
         stage, stages: which one of how many; they lie in the order of `split_layers`.
         rows, length: of a micro-batch. parts: micro-batches in a step.
-        real: give it memory and numbers.
+        lends: the first stage, on the same rank, lends its embedding. real: give it memory and numbers.
         moments: what Adam's moments are kept in.
     """
 
     def __init__(
         self, cfg: ModelConfig, plan: ParallelPlan, stage: int, stages: int, rows: int, length: int, parts: int,
-        precision: str = "bf16", recipe: Fp8Recipe | None = None, real: bool = False,
+        precision: str = "bf16", recipe: Fp8Recipe | None = None, lends: bool = False, real: bool = False,
     ) -> None:  # fmt: skip
         self.cfg, self.rows, self.length = cfg, rows, length
         self.mesh = Mesh.join(plan, cfg)
@@ -111,10 +119,14 @@ class StageRun:
         layers = split_layers(cfg, stages)[stage]
         self.first, self.last = stage == 0, stage == stages - 1
         self.dtype = DTYPES[precision]
-        self.stage, self.start = build_stage(cfg, self.team, layers, self.first, self.last, precision, recipe)
+        self.stage, self.start = build_stage(
+            cfg, self.team, layers, self.first, self.last, precision, recipe, lends
+        )
         if real:
             materialise(self.stage)
             self.start = {name: weight.detach().float() for name, weight in self.stage.named_parameters()} if self.start else {}
+        embedding = vars(self.stage).get("embed_tokens")
+        self.borrowed = None if embedding is None else embedding.weight
         self.moments = torch.bfloat16 if precision == "fp8" else torch.float32
         tokens = rows * parts * plan.data
         self.weighing = Weighing(tuple(tokens * (length - depth) for depth in range(1 + cfg.num_nextn_predict_layers)),
@@ -143,7 +155,10 @@ class StageRun:
         return out if isinstance(out, tuple) else (out,)
 
     def backward(self, out: tuple[Tensor, ...]) -> None:
+        out = tuple(part for part in out if part.requires_grad)  # dense layers have no balance loss
         torch.autograd.backward(out, [torch.empty_like(part).fill_(1.0) for part in out])
+        if self.borrowed is not None:
+            self.borrowed.grad = None  # it is added to the first stage's
         self.optimizer.collect_gradients()
 
     def update(self) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from dsv3_mini.parallel.dry_run.exchanges import tensors_in
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 FREE = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh",
@@ -49,7 +49,7 @@ class WorkCounter:
     def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         if func.namespace != "aten" or func.is_view or func._opname in FREE:
             return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        tensors = list(tensors_in(args, *kwargs.values(), result))
         moved = sum(tensor.nbytes for tensor in tensors)
         work = self.parts.setdefault(self._part(), Work())
         count = flop_registry.get(func.overloadpacket)
