@@ -1,6 +1,7 @@
 """One rank's part of a training step, with the package's own classes: on paper in a dry run, on real processes in its test.
 
-    model      a Stage of the pipeline, built on meta: layers of other stages and experts of other ranks never have memory
+    model      a Stage of the pipeline, built on meta: layers of other stages and experts of other ranks never have memory.
+               Without a pipeline, the model as the trainer has it
     weights    cut among the data ranks by FSDP2 in the plan's ZeRO form, experts among those of the expert-parallel group
     tokens     dispatched and combined by ParallelExperts, on one leg or two
     optimizer  MasterAdamW, with the Team's summing and clipping, and the routers' biases
@@ -36,6 +37,7 @@ from dsv3_mini.parallel.recompute import recompute
 from dsv3_mini.parallel.sharding import shard
 from dsv3_mini.parallel.team import Team
 from dsv3_mini.train.balance import LoadCounter, update_biases
+from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -49,14 +51,15 @@ class FP8ParallelExperts(ParallelExperts, FP8GroupedExperts):
 def build_stage(
     cfg: ModelConfig, team: Team, layers: range, first: bool, last: bool, precision: str, recipe: Fp8Recipe | None = None,
     lends: bool = False,
-) -> tuple[Stage, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Stage | DeepSeekV3, dict[str, Tensor]]:  # fmt: skip
     """A stage on meta, cut as the team's plan says; and, where FSDP does not hold them, the FP32 weights it was rounded from.
 
     `lends`: MTP's embedding is that of the first stage, which lies on the same rank, and no weight of this one.
     """
     mesh, plan = team.mesh, team.mesh.plan
     with torch.device("meta"):
-        stage = Stage(DeepSeekV3(cfg), layers, first, last)
+        model = DeepSeekV3(cfg)
+        stage = model if first and last else Stage(model, layers, first, last)
         if lends and hasattr(stage, "embed_tokens"):
             del stage.embed_tokens
             borrowed = nn.Embedding(cfg.vocab_size, cfg.hidden_size, dtype=DTYPES[precision])
@@ -83,7 +86,7 @@ def build_stage(
 
 
 @torch.no_grad()
-def materialise(stage: Stage, device: str = "cpu") -> None:
+def materialise(stage: Stage | DeepSeekV3, device: str = "cpu") -> None:
     """Give a stage on meta its memory and its first numbers: those of its own pieces, and no others'.
 
     Every rank draws for itself, so the numbers are not those of a model that was drawn in one piece.
@@ -128,9 +131,10 @@ class StageRun:
         embedding = vars(self.stage).get("embed_tokens")
         self.borrowed = None if embedding is None else embedding.weight
         self.moments = torch.bfloat16 if precision == "fp8" else torch.float32
-        tokens = rows * parts * plan.data
-        self.weighing = Weighing(tuple(tokens * (length - depth) for depth in range(1 + cfg.num_nextn_predict_layers)),
-                                 tokens, MTP, BALANCE)  # fmt: skip
+        self.counter = LoadCounter()
+        self.batch_rows = rows * parts * plan.data
+        counts = tuple(self.batch_rows * (length - depth) for depth in range(1 + cfg.num_nextn_predict_layers))
+        self.weighing = Weighing(counts, self.batch_rows, MTP, BALANCE)
         self.optimizer: MasterAdamW | None = None
 
     def start_optimizer(self) -> None:
@@ -150,6 +154,11 @@ class StageRun:
         """A micro-batch; `last` of the step. Returns what goes to the next stage, or the loss."""
         self.team.before_micro_batch(self.stage, last)
         tokens = self.batch()
+        if isinstance(self.stage, DeepSeekV3):
+            whole = tokens[:1].expand(self.batch_rows, -1)
+            losses = training_losses(self.stage, tokens, tokens, MTP, BALANCE, batch_targets=whole)
+            self.counter.add(losses.routing)
+            return (losses.total,)
         given = (tokens,) if self.first else self.received()
         out = self.stage(*given, tokens=tokens, targets=tokens, weighing=self.weighing)
         return out if isinstance(out, tuple) else (out,)
@@ -163,7 +172,8 @@ class StageRun:
 
     def update(self) -> None:
         """What follows the last micro-batch: sums that FSDP did not make, the norm, AdamW, the routers' biases."""
-        team, load = self.team, self.stage.counter.load
+        counter = self.counter if isinstance(self.stage, DeepSeekV3) else self.stage.counter
+        team, load = self.team, counter.load
         if team.count > 1:
             team.sum_gradients(self.optimizer.gradients())
             if self.last:
@@ -173,4 +183,4 @@ class StageRun:
         team.clip_gradients(self.optimizer, CLIP)
         self.optimizer.step(1e-4)
         update_biases(self.stage, load, GAMMA)
-        self.stage.counter = LoadCounter()
+        counter.load = {}
