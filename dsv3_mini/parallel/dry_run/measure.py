@@ -54,11 +54,21 @@ class StageMeasure:
     state: dict[str, int]
     kept: dict[str, int]
     first: Phase
+    first_backward: Phase
     forward: Phase
     backward: Phase
+    last_forward: Phase
     last: Phase
     update: Phase
     sends: int
+
+    def phases(self, microbatches: int) -> tuple[tuple[Phase, int], ...]:
+        """The passes of a step, each with how often it runs. A micro-batch that is the first and the last counts as both do."""
+        if microbatches == 1:
+            return (self.first, 1), (self.last, 1), (self.update, 1)
+        between = microbatches - 2
+        once = (self.first, self.first_backward, self.last_forward, self.last, self.update)
+        return (*((phase, 1) for phase in once), (self.forward, between), (self.backward, between))
 
 
 class PaperGemm(Backend):
@@ -123,10 +133,10 @@ def measure_stage(
                 kind[0] = ""
                 return forward, kept, phase(before)
 
-            first, _, _ = passes(last=False)
+            first, _, first_backward = passes(last=False)
             forward, kept, backward = passes(last=False)
             between = memory.by_kind()
-            _, _, last = passes(last=True)
+            last_forward, _, last = passes(last=True)
             base = memory.start_peak()
             kind[0] = MOMENTS
             run.update()
@@ -138,7 +148,8 @@ def measure_stage(
         own = sum(own_piece(weight).numel() for weight in run.stage.parameters())
         layers = len(run.stage.layers) + (cfg.num_nextn_predict_layers if run.last else 0)
         sends = 0 if run.last else rows * length * cfg.hidden_size * run.dtype.itemsize + 4
-        return StageMeasure(stage, layers, own, _on_all_ranks(run), state, kept, first, forward, backward, last, update, sends)
+        return StageMeasure(stage, layers, own, _on_all_ranks(run), state, kept, first, first_backward, forward, backward,
+                            last_forward, last, update, sends)  # fmt: skip
 
 
 def _on_all_ranks(run: StageRun) -> int:

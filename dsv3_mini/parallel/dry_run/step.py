@@ -143,8 +143,7 @@ class DryRun:
         many = self.job.microbatches // self.job.order.directions
         found = []
         for stage, _ in self.job.order.stages_on(rank):
-            m = self.stages[stage]
-            times = ((m.first, 1), (m.forward, many - 1), (m.backward, many - 1), (m.last, 1), (m.update, 1))
+            times = self.stages[stage].phases(many)
             found += [(exchange, count) for phase, count in times for exchange in phase.exchanges if count]
         return found
 
