@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "bits per byte by domain, and judged samples",
     "ledger": "parameters, FLOPs, memory and cost of a configuration",
     "convert": "a run's checkpoint into a model folder, in BF16, FP32 or FP8",
+    "dry-run": "a training step of a cluster, on this machine: memory, traffic, time",
     "grade": "run readers' notebooks and say which exercises are right",
     "bench": "measure against transformers, side by side in one run",
     "doctor": "what this machine has, and what is missing",
@@ -74,7 +75,7 @@ def _run(arguments: list[str], name: str | None) -> int:
         for known, purpose in COMMANDS.items()
     }
     # Only the chosen command is imported: `dsv3 --help` need not wait for torch.
-    command = importlib.import_module(f"dsv3_mini.commands.{name}") if name else None
+    command = importlib.import_module(f"dsv3_mini.commands.{name.replace('-', '_')}") if name else None
     if command:
         command.add_arguments(parsers[name])
     args, unknown = parser.parse_known_args(arguments)

@@ -9,8 +9,7 @@ little arithmetic (report section 3.2.3):
 Matrix products other than the up-projections, and attention itself, are not done twice. Numbers do not change: what is made
 again is made by the same operations from the same inputs.
 
-Simplifications: the model's final norm and those that join MTP's two inputs are kept, and so is, in BF16, the gate's FP32 copy
-of what it reads.
+Simplification: the model's final norm and those that join MTP's two inputs are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class RecomputingBlock(Block):
         # The maths has no random numbers whose state would have to be put back.
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         x = x + again(self._attended, x, turn, mask)
-        normed = self.post_attention_layernorm(x)
+        normed = checkpoint(self.post_attention_layernorm, x, use_reentrant=False, preserve_rng_state=False)
         made_again = MadeAgain(self.post_attention_layernorm, x, normed)
         with torch.autograd.graph.saved_tensors_hooks(made_again.pack, made_again.unpack):
             fed = self.mlp(normed)
@@ -59,18 +58,20 @@ class RecomputingBlock(Block):
 class MadeAgain:
     """Where operations save `output` for backward, or a view of it, they save where in it they look; then it is made again.
 
+    The same holds for a copy of it in another number format, which is what the gate reads where the model is BF16.
     A checkpoint around the feed-forward would not do: it holds the exchange of tokens, which is not to be repeated.
     """
 
     def __init__(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        self.module, self.x, self.storage = module, x.detach(), output.untyped_storage().data_ptr()
+        self.module, self.x = module, x.detach()
+        self.storage, self.maker = output.untyped_storage()._cdata, output.grad_fn
         self.output: Tensor | None = None  # once for all that ask; it is freed with the last of them
 
     def pack(self, saved: Tensor) -> Any:
         # As long as the feed-forward runs, `output` is alive and no other tensor has its memory.
-        if saved.untyped_storage().data_ptr() != self.storage:
+        if saved.untyped_storage()._cdata != self.storage and not self._is_copy(saved):
             return saved
-        return saved.size(), saved.stride(), saved.storage_offset()
+        return saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
@@ -78,7 +79,15 @@ class MadeAgain:
         if self.output is None:
             with torch.no_grad():
                 self.output = self.module(self.x)
-        return self.output.as_strided(*packed)
+        dtype, *place = packed
+        return self.output.to(dtype).as_strided(*place)
+
+    def _is_copy(self, saved: Tensor) -> bool:
+        """Whether it is `output` in another format, or a view of that."""
+        made_by = saved.grad_fn
+        while made_by is not None and made_by.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+            made_by = made_by.next_functions[0][0]
+        return made_by is not None and made_by.name() == "ToCopyBackward0" and made_by.next_functions[0][0] is self.maker
 
 
 def recompute(model: nn.Module) -> None:

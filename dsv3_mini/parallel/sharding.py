@@ -46,7 +46,8 @@ def shard(model: DeepSeekV3, mesh: Mesh, dtype: torch.dtype) -> None:
             fully_shard(module, mesh=dense, reshard_after_forward=again, mp_policy=precision)
     fully_shard(model, mesh=dense, reshard_after_forward=False, mp_policy=precision)
     # The losses run parts of the model and read the head's weight; `main_states` is the part that always comes first.
-    register_fsdp_forward_method(model, "main_states")
+    if isinstance(model, DeepSeekV3):  # a stage of it has one way in
+        register_fsdp_forward_method(model, "main_states")
     for unit in units(model):
         # Losses are shares of the whole batch's mean, so gradients are added up. A sum with a factor is not known to gloo.
         unit.set_gradient_divide_factor(1.0)
