@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_models import YARN, assert_routing_is_awake, nano, random_model, random_tokens
 
-from dsv3_mini.inference import LatentCache, few_tokens, generate
+from dsv3_mini.inference import LatentCache, few_experts, few_tokens, generate
 from dsv3_mini.inference.few_tokens import FewTokens, fits
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.experts import LoopExperts
@@ -37,25 +37,26 @@ def caches(model: DeepSeekV3, rows: int, count: int, seed: int = 5) -> list[Late
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gathered", [0, 2**40], ids=["sent", "side by side"])
+@pytest.mark.parametrize("few, folded", [(0, 0), (0, 2**40), (64, 0), (64, 2**40)])
 @pytest.mark.parametrize("new", [1, 2, 5])
 @pytest.mark.parametrize("rows, lengths", [(1, [9]), (3, [9, 9, 9]), (3, [9, 6, 1])])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_states_are_those_of_the_model(
-    shape: str, rows: int, lengths: list[int], new: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+    shape: str, rows: int, lengths: list[int], new: int, few: int, folded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Main model and MTP module, beside caches of random numbers: states, and what is kept, to FP32's rounding."""
-    monkeypatch.setattr(few_tokens, "GATHERED", gathered)
+    monkeypatch.setattr(few_experts, "FEW", few)
+    monkeypatch.setattr(few_tokens, "FOLDED", folded)
     model = random_model(nano(**SHAPES[shape]))
     if shape in ("plain", "yarn"):
         assert_routing_is_awake(model, random_tokens(model.cfg))
     assert fits(model)
-    few, tokens = FewTokens(model), random_tokens(model.cfg, rows, new)
+    lean, tokens = FewTokens(model), random_tokens(model.cfg, rows, new)
     theirs, ours = (caches(model, rows, len(model.layers)) for _ in range(2))
     for layer in (*theirs, *ours):
         layer.truncate(lengths)
     expected, _ = model.main_states(tokens, cache=theirs)
-    torch.testing.assert_close(few.main_states(tokens, ours), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lean.main_states(tokens, ours), expected, rtol=1e-4, atol=1e-4)
     for one, other in zip(ours, theirs, strict=True):
         assert one.lengths == other.lengths == [n + new for n in lengths]
         torch.testing.assert_close(one.kept, other.kept, rtol=1e-4, atol=1e-4)
