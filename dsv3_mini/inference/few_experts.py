@@ -51,9 +51,10 @@ class FewVisits:
         for expert, place in zip(visits, room.gate_up, strict=True):
             torch.mm(normed, self.up[expert], out=place)
         torch.mul(F.silu(room.gate), room.up, out=room.inner)
-        room.inner.mul_(torch.tensor(list(visits.values()), dtype=x.dtype)[..., None])
-        for expert, weighed in zip(visits, room.weighed, strict=True):
-            x = torch.addmm(x, weighed, self.down[expert])
+        if len(x) > 1:
+            room.inner.mul_(torch.tensor(list(visits.values()), dtype=x.dtype)[..., None])
+        for (expert, gates), inner in zip(visits.items(), room.inners, strict=True):
+            x = torch.addmm(x, inner, self.down[expert], alpha=gates[0] if len(x) == 1 else 1)
         return x
 
     def visits(self, scores: list[list[float]]) -> dict[int, list[float]]:
@@ -119,7 +120,7 @@ class _Room:
         self.gate_up = hidden.unbind()
         self.gate, self.up = hidden.chunk(2, dim=-1)
         self.inner = torch.empty_like(self.gate, memory_format=torch.contiguous_format)  # n T f
-        self.weighed = self.inner.unbind()
+        self.inners = self.inner.unbind()
 
 
 def split_shared(layer: MoE, width: int) -> tuple[list[Float[Tensor, "2f d"]], list[Float[Tensor, "d f"]]]:

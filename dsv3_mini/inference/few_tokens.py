@@ -17,6 +17,8 @@ whose parts are the package's own. Others (quantised, spread over processes, wat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
@@ -81,14 +83,22 @@ class FewTokens:
         return self.norm(x).view(at.rows, at.new, -1)
 
     def mtp_states(
-        self, depth: int, tokens: Int[Tensor, "b s"], beside: Float[Tensor, "b s d"], cache: LatentCache
-    ) -> Float[Tensor, "b s d"]:
-        """Those of one MTP module (the first is 0), ready for the head."""
+        self,
+        depth: int,
+        tokens: Int[Tensor, "b s"],
+        beside: Float[Tensor, "b s d"],
+        cache: LatentCache,
+        places: Sequence[int] | None = None,
+    ) -> Float[Tensor, "b s_or_1 d"]:
+        """Those of one MTP module (the first is 0), ready for the head; or only that at one place of each row.
+
+        Of the other tokens the module then keeps latents and no more: they do not pass through its experts.
+        """
         at, module = _Place(self, tokens, cache), self.mtp[depth]
         embedding = F.embedding(tokens, self.model.embed_tokens.weight)
         joined = torch.cat([module.enorm(embedding), module.hnorm(beside)], dim=-1)
-        x = module.layer(F.linear(joined, module.join).flatten(0, 1), at, cache)
-        return module.norm(x).view(at.rows, at.new, -1)
+        x = module.layer(F.linear(joined, module.join).flatten(0, 1), at, cache, places)
+        return module.norm(x).view(at.rows, at.new if places is None else 1, -1)
 
     def turns(self, end: int) -> Complex[Tensor, "t pairs"]:
         """The rotations of the positions up to `end` at least, as (c + r) / 2 pairs: those of the latent part are by nothing.
@@ -115,6 +125,13 @@ class FewTokens:
         """As torch's attention adds it to the scores: the same for each head of a query."""
         seen = repeat(seen, "b s t -> b 1 (s h) t", h=self.cfg.num_attention_heads)
         return torch.where(seen, self.zero, -torch.inf)
+
+
+def at_places(x: Float[Tensor, "b s d"], places: Sequence[int]) -> Float[Tensor, "b d"]:
+    """Of each row the entry at its own place."""
+    if len(set(places)) == 1:
+        return x[:, places[0]]
+    return x[torch.arange(len(x), device=x.device), torch.tensor(places, device=x.device)]
 
 
 class _Place:
@@ -158,8 +175,12 @@ class _Layer:
         self.before, self.between = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
         self.feed = FewVisits(block.mlp) if isinstance(block.mlp, MoE) else _Dense(block.mlp)
 
-    def __call__(self, x: Float[Tensor, "T d"], at: _Place, cache: LatentCache) -> Float[Tensor, "T d"]:
+    def __call__(
+        self, x: Float[Tensor, "T d"], at: _Place, cache: LatentCache, places: Sequence[int] | None = None
+    ) -> Float[Tensor, "T_or_b d"]:
         x = self.attention(self.before(x), at, cache, x)
+        if places is not None:
+            x = at_places(x.view(at.rows, at.new, -1), places)
         return self.feed(self.between(x), x)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.choosing import Chooser, Drafted
-from dsv3_mini.inference.few_tokens import FewTokens
+from dsv3_mini.inference.few_tokens import FewTokens, at_places
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.transformer import visible
@@ -86,10 +86,13 @@ class Drafter:
             first = length + depth - hidden.shape[1]  # the place in `text` of the first token that is read now
             held = cache.lengths
             certain.append([n + max(0, k - first) for n, k in zip(held, kept, strict=True)])
-            hidden = self._read(depth, [row[first : length + depth] for row in text], hidden)
+            read_now, places = [row[first : length + depth] for row in text], [n + depth - first for n in newest]
             if depth + 1 < len(depths):
-                carried.append(_at(hidden, [max(n - first, 0) for n in newest])[:, None])
-            state = _at(hidden, [n + depth - first for n in newest])
+                hidden = self._read(depth, read_now, hidden)
+                carried.append(at_places(hidden, [max(n - first, 0) for n in newest])[:, None])
+                state = at_places(hidden, places)
+            else:  # no depth reads beside this one's states: only the last ones matter
+                state = self._read(depth, read_now, hidden, places)[:, 0]
             propose(state)
             for row, n, drafts in zip(text, newest, drafted.tokens, strict=True):
                 row[n + depth + 1] = drafts[-1]
@@ -105,17 +108,22 @@ class Drafter:
         self.carried = carried
         return drafted
 
-    def _read(self, depth: int, text: list[list[int]], beside: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
-        """One module's states after these tokens. Its slots count from the first token that it read: RoPE sees distances."""
+    def _read(
+        self, depth: int, text: list[list[int]], beside: Float[Tensor, "b s d"], places: list[int] | None = None
+    ) -> Float[Tensor, "b s_or_1 d"]:
+        """One module's states after these tokens, or after one of each row.
+
+        Its slots count from the first token that it read: RoPE sees distances.
+        """
         cache, tokens = self.caches[depth], torch.tensor(text, device=beside.device)
         new = tokens.shape[1]
         if self.few is not None and self.few.absorbs(new, cache.length + new):
-            return self.few.mtp_states(depth, tokens, beside, cache)
+            return self.few.mtp_states(depth, tokens, beside, cache, places)
         positions = cache.positions(new)
         mask = visible(positions, cache.length + new) if cache.length else None
         turn = rotations(self.model.cfg, positions)
         states, _ = self.modules[depth](self.model.embed_tokens(tokens), beside, turn, mask, cache)
-        return states
+        return states if places is None else at_places(states, places)[:, None]
 
     def select(self, rows: Sequence[int]) -> Drafter:
         """A new one with these rows, in memory of its own."""
@@ -124,10 +132,3 @@ class Drafter:
         chosen.caches = [cache.select(rows) for cache in self.caches]
         chosen.carried = [state[list(rows)] for state in self.carried]
         return chosen
-
-
-def _at(x: Float[Tensor, "b s d"], places: Sequence[int]) -> Float[Tensor, "b d"]:
-    """Of each row the state at its own place."""
-    if len(set(places)) == 1:
-        return x[:, places[0]]
-    return x[torch.arange(len(x), device=x.device), torch.tensor(places, device=x.device)]
