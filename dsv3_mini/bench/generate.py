@@ -9,7 +9,11 @@ stories, for batches of 1 and of 16, and no token stops it:
 
 The sides have to write the same tokens, or nothing is reported.
 
-A second race asks what a longer context costs: one row, one token at a time, beside caches of 256 to 8,192 tokens (of
+A second race says why MTP gains what it gains: a pass over the drafted tokens and one more, and the making of the drafts,
+beside a pass over one token, for one row. If the pass costs v and the drafts d of such passes, t tokens a pass come t / (v + d)
+times as fast.
+
+A third race asks what a longer context costs: one row, one token at a time, beside caches of 256 to 8,192 tokens (of
 random numbers: what is in them does not change the work). The bytes that a step must read of the cache grow in proportion to
 the context, so a step's time may grow as much, and no more.
 """
@@ -32,7 +36,14 @@ from dsv3_mini.data import stories
 from dsv3_mini.data.shipped import shipped
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.hub import from_pretrained
+from dsv3_mini.inference import generate as write
+from dsv3_mini.inference.choosing import Greedy, best
+from dsv3_mini.inference.sampling import Sampling
+from dsv3_mini.inference.settings import Settings
+from dsv3_mini.inference.speculative import Drafter
+from dsv3_mini.inference.writing import Reader, Writing
 from dsv3_mini.ledger import cache_per_token
+from dsv3_mini.model import DeepSeekV3
 
 SPEED_BAR, MTP_BAR, MTP_AIM, ACCEPTANCE_BAR = 4.0, 1.5, 1.8, 0.85
 BATCHES = (1, 16)
@@ -63,14 +74,33 @@ class Case:
 
 
 @dataclass(frozen=True)
+class DraftCost:
+    """STEPS passes over one token, as many over the drafts and the token before them, and STEPS times the drafts; one row."""
+
+    one: Lap
+    verify: Lap
+    draft: Lap
+
+    @property
+    def verifying(self) -> float:
+        """In passes over one token."""
+        return speed_ratio(self.one, self.verify)
+
+    @property
+    def drafting(self) -> float:
+        return speed_ratio(self.one, self.draft)
+
+
+@dataclass(frozen=True)
 class Result:
-    """contexts: the lap of `STEPS` tokens beside a cache of so many tokens; token_bytes: of one token in all layers' caches."""
+    """cost: of drafting, for one row. contexts: the lap of `STEPS` tokens beside a cache of so many tokens; token_bytes: of one token in all layers' caches."""
 
     machine: str
     model: str
     prompt: int
     new: int
     cases: list[Case]
+    cost: DraftCost
     contexts: dict[int, Lap]
     token_bytes: int
 
@@ -92,9 +122,6 @@ def run(
     """
     if find_spec("transformers") is None:
         raise BenchError("bench generate compares with transformers, which is not installed: pip install transformers")
-    from dsv3_mini.inference.settings import Settings
-    from dsv3_mini.inference.writing import Writing
-
     folder = Path(folder or shipped("tiny"))
     threads = threads or torch.get_num_threads()
     model = from_pretrained(folder).eval()
@@ -113,10 +140,18 @@ def run(
                 raise BenchError(f"batch {batch}: {lap.name} writes other tokens than dsv3_mini does")
         counts = Writing(model, openings(batch, prompt), settings).finish().counts
         cases.append(Case(batch, plain, mtp, theirs, counts.acceptance, counts.tokens_per_pass))
+    shape = dict(folder=str(folder), prompt=prompt)
+    drafts = settings.drafts_for(model)
+    sides = [
+        Side("a token", f"{__name__}:step_over", {**shape, "tokens": 1}),
+        Side("drafts and one more", f"{__name__}:step_over", {**shape, "tokens": 1 + drafts}),
+        Side("drafting", f"{__name__}:step_drafting", {**shape, "drafts": drafts}),
+    ]
+    cost = DraftCost(*race(sides, rounds, threads))
     sides = [Side(f"{n:,} tokens", f"{__name__}:step_beside", dict(folder=str(folder), context=n)) for n in contexts]
     laps = dict(zip(contexts, race(sides, rounds, threads), strict=True))
     token_bytes = cache_per_token(model.cfg, dtype="fp32").bytes("mla")
-    return Result(describe(threads), folder.name, prompt, new, cases, laps, token_bytes)
+    return Result(describe(threads), folder.name, prompt, new, cases, cost, laps, token_bytes)
 
 
 def render(result: Result) -> str:
@@ -139,6 +174,13 @@ def render(result: Result) -> str:
             f" drafts held {case.acceptance:.0%}   bar {ACCEPTANCE_BAR:.0%} {_verdict(case.acceptance >= ACCEPTANCE_BAR)};"
             f" {case.tokens_per_pass:.2f} tokens a pass",
         ]
+    verify, draft = result.cost.verifying, result.cost.drafting
+    lines += [
+        "",
+        f"one row: reading the drafts and one token more costs {verify:.2f} of reading one token, drafting {draft:.2f};",
+        f"   so {result.cases[0].tokens_per_pass:.2f} tokens a pass come "
+        f"{result.cases[0].tokens_per_pass / (verify + draft):.2f}x as fast as one by one",
+    ]
     shortest, longest = min(result.contexts), max(result.contexts)
     lines += ["", f"{'context':>9}{'cache':>12}{'a token':>12}   one row"]
     for context, lap in result.contexts.items():
@@ -172,10 +214,8 @@ def _verdict(met: bool) -> str:
 def our_step(
     folder: str, batch: int, prompt: int, new: int, use_mtp: bool = False, drafts: int | None = None
 ) -> Step:  # fmt: skip
-    from dsv3_mini.inference import generate
-
     model, prompts = from_pretrained(folder, mtp=use_mtp).eval(), openings(batch, prompt)
-    return lambda: checksum(generate(model, prompts, new, use_mtp=use_mtp, drafts=drafts), prompt + new)
+    return lambda: checksum(write(model, prompts, new, use_mtp=use_mtp, drafts=drafts), prompt + new)
 
 
 def their_step(folder: str, batch: int, prompt: int, new: int) -> Step:
@@ -199,10 +239,57 @@ def their_step(folder: str, batch: int, prompt: int, new: int) -> Step:
     return step
 
 
+def step_over(folder: str, prompt: int, tokens: int) -> Step:
+    """`STEPS` passes over so many tokens, each behind the same opening, and the likeliest token behind each."""
+    model, opening = from_pretrained(folder, mtp=False).eval(), openings(1, prompt)
+    reader, read = _read_opening(model, opening, tokens)
+
+    @torch.inference_mode()
+    def step() -> float:
+        for _ in range(STEPS):
+            chosen = best(model.lm_head(reader.read(read)))
+            reader.keep([0])
+        return float(sum(chosen[0]))
+
+    return step
+
+
+def step_drafting(folder: str, prompt: int, drafts: int) -> Step:
+    """`STEPS` times the drafts behind the same opening, as they are made after a pass whose drafts all held."""
+    model, opening = from_pretrained(folder).eval(), openings(1, prompt)
+    reader, read = _read_opening(model, opening, 1 + drafts)
+    drafter = Drafter(model, drafts, 1, prompt + STEPS, reader.few)
+    text, greedy = opening[0].tolist(), Greedy(Sampling(), [[]], model.cfg.vocab_size, opening.device)
+    with torch.inference_mode():
+        states = reader.read(read)
+        drafter.draft([text], model.main_states(opening)[0], [prompt], text[:1], drafts, greedy)
+    held, carried = [cache.lengths for cache in drafter.caches], drafter.carried
+
+    @torch.inference_mode()
+    def step() -> float:
+        for _ in range(STEPS):
+            drafted = drafter.draft(read.tolist(), states, [1 + drafts], text[:1], drafts, greedy)
+            drafter.carried = carried
+            for cache, length in zip(drafter.caches, held, strict=True):
+                cache.truncate(length)
+        return float(sum(drafted.tokens[0]))
+
+    return step
+
+
+@torch.inference_mode()
+def _read_opening(
+    model: DeepSeekV3, opening: Int[Tensor, "1 s"], tokens: int
+) -> tuple[Reader, Int[Tensor, "1 tokens"]]:
+    """A reader that has read it, and so many tokens to read next: the same again, from its beginning."""
+    reader = Reader.with_room(model, 1, opening.shape[1] + tokens)
+    reader.read(opening)
+    reader.keep([opening.shape[1]])
+    return reader, opening.repeat(1, tokens)[:, :tokens]
+
+
 def step_beside(folder: str, context: int) -> Step:
     """`STEPS` tokens, one after the other, with `context` tokens in the cache before the first."""
-    from dsv3_mini.inference.writing import Reader
-
     cfg = ModelConfig.from_hf(folder).replace(max_position_embeddings=context + STEPS)
     model = from_pretrained(folder, mtp=False).eval()
     model.cfg = cfg.replace(

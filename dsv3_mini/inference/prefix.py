@@ -45,7 +45,7 @@ class Prefix:
         self._reader.keep([self.read])
         # The drafts are of no use; what counts is that the modules have read.
         greedy = Greedy(Sampling(), [[]], model.cfg.vocab_size, device)
-        self._drafter.draft(ids[:, :-1], states, [self.read], ids[:, -1], depths, greedy)
+        self._drafter.draft([self.tokens[:-1]], states, [self.read], self.tokens[-1:], depths, greedy)
 
     def check(self, prompts: Sequence[Sequence[int]], model: DeepSeekV3, drafts: int) -> None:
         """Whether these prompts can go on from here.

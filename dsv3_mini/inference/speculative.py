@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.choosing import Chooser, Drafted
-from dsv3_mini.inference.few_tokens import FewTokens
+from dsv3_mini.inference.few_tokens import FewTokens, at_places
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.transformer import visible
@@ -45,14 +45,14 @@ class Drafter:
 
     def draft(
         self,
-        read: Int[Tensor, "b s"],
+        read: Sequence[Sequence[int]],
         states: Float[Tensor, "b s d"],
         kept: Sequence[int],
-        token: Int[Tensor, " b"],
+        chosen: Sequence[int],
         count: int,
         chooser: Chooser,
     ) -> Drafted:
-        """`count` tokens that may follow `token`. Between calls the count may fall, and must not rise.
+        """`count` tokens that may follow the `chosen` ones. Between calls the count may fall, and must not rise.
 
         A prompt shorter than the chain is one that training has no place for: the first drafts behind it are worse, no more.
 
@@ -60,23 +60,24 @@ class Drafter:
             read: what the main model has read since the last call; of row b the first kept[b] tokens are certain.
             states: its states after each of them.
             kept: 0 for a row that has ended: its drafts mean nothing.
-            token: what it chose to follow them.
+            chosen: what it chose to follow them.
         """
         if count == 0:
-            return Drafted.nothing(len(read), read.device)
-        length, rows = max(1, *kept), torch.arange(len(read), device=read.device)
-        newest = torch.tensor(kept, device=read.device).clamp(min=1) - 1
-        # What the chain reads: the token after each that was read, `token` at place `newest`, and the drafts behind it.
-        text = torch.cat([read[:, 1:length], read.new_zeros(len(read), count)], dim=1)
-        text[rows, newest] = token
+            return Drafted.nothing(len(read))
+        length, newest = max(1, *kept), [max(k, 1) - 1 for k in kept]
+        # What the chain reads: the token after each that was read, the chosen one at place `newest`, and the drafts behind it.
+        text = [
+            [*row[1 : n + 1], token] + [0] * (length + count)
+            for row, n, token in zip(read, newest, chosen, strict=True)
+        ]
         hidden, carried, certain = states[:, :length], [], []
-        drafts, shares = [], []
+        drafted = Drafted.nothing(len(read))
 
         def propose(state: Float[Tensor, "b d"]) -> None:
-            earlier = torch.stack(drafts, dim=1) if drafts else text[:, :0]
-            draft, drawn_from = chooser.propose(self.model.lm_head(state).float(), earlier)
-            drafts.append(draft)
-            shares.extend(drawn_from)
+            drafts, drawn_from = chooser.propose(self.model.lm_head(state).float(), drafted.tokens)
+            for row, draft in zip(drafted.tokens, drafts, strict=True):
+                row.append(draft)
+            drafted.shares.extend(drawn_from)
 
         depths = self.caches[:count]
         for depth, cache in enumerate(depths):
@@ -85,34 +86,44 @@ class Drafter:
             first = length + depth - hidden.shape[1]  # the place in `text` of the first token that is read now
             held = cache.lengths
             certain.append([n + max(0, k - first) for n, k in zip(held, kept, strict=True)])
-            hidden = self._read(depth, text[:, first : length + depth], hidden)
-            carried.append(hidden[rows, (newest - first).clamp(min=0)][:, None])
-            state = hidden[rows, newest + depth - first]
+            read_now, places = [row[first : length + depth] for row in text], [n + depth - first for n in newest]
+            if depth + 1 < len(depths):
+                hidden = self._read(depth, read_now, hidden)
+                carried.append(at_places(hidden, [max(n - first, 0) for n in newest])[:, None])
+                state = at_places(hidden, places)
+            else:  # no depth reads beside this one's states: only the last ones matter
+                state = self._read(depth, read_now, hidden, places)[:, 0]
             propose(state)
-            if depth + 1 < count:
-                text[rows, newest + depth + 1] = drafts[-1]
+            for row, n, drafts in zip(text, newest, drafted.tokens, strict=True):
+                row[n + depth + 1] = drafts[-1]
 
         if count > len(depths):  # the last module goes on, beside its own states
             cache.truncate([n + k + depth - first for n, k in zip(held, kept, strict=True)])
         for _ in range(count - len(depths)):
-            state = self._read(depth, drafts[-1][:, None], state[:, None])[:, 0]
+            state = self._read(depth, [row[-1:] for row in drafted.tokens], state[:, None])[:, 0]
             propose(state)
 
         for cache, lengths in zip(depths, certain, strict=True):
             cache.truncate(lengths)
         self.carried = carried
-        return Drafted(torch.stack(drafts, dim=1), shares)
+        return drafted
 
-    def _read(self, depth: int, tokens: Int[Tensor, "b s"], beside: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
-        """One module's states after these tokens. Its slots count from the first token that it read: RoPE sees distances."""
-        cache, new = self.caches[depth], tokens.shape[1]
+    def _read(
+        self, depth: int, text: list[list[int]], beside: Float[Tensor, "b s d"], places: list[int] | None = None
+    ) -> Float[Tensor, "b s_or_1 d"]:
+        """One module's states after these tokens, or after one of each row.
+
+        Its slots count from the first token that it read: RoPE sees distances.
+        """
+        cache, tokens = self.caches[depth], torch.tensor(text, device=beside.device)
+        new = tokens.shape[1]
         if self.few is not None and self.few.absorbs(new, cache.length + new):
-            return self.few.mtp_states(depth, tokens, beside, cache)
+            return self.few.mtp_states(depth, tokens, beside, cache, places)
         positions = cache.positions(new)
         mask = visible(positions, cache.length + new) if cache.length else None
         turn = rotations(self.model.cfg, positions)
         states, _ = self.modules[depth](self.model.embed_tokens(tokens), beside, turn, mask, cache)
-        return states
+        return states if places is None else at_places(states, places)[:, None]
 
     def select(self, rows: Sequence[int]) -> Drafter:
         """A new one with these rows, in memory of its own."""

@@ -130,25 +130,22 @@ class Writing:
     @torch.inference_mode()  # no bookkeeping for gradients at all: a quarter of what a small kernel costs
     def _write(self) -> Iterator[list[list[int]]]:
         reader, drafter, unread = self._begin()
-        kept = [len(prompt) for prompt in unread]
-        tokens = self._padded(unread)
-        states = reader.read(tokens)
+        read, kept = unread, [len(prompt) for prompt in unread]
+        states = reader.read(self._padded(unread))
         reader.keep(kept)
         last = states[torch.arange(len(kept), device=self.device), torch.tensor(kept, device=self.device) - 1]
-        drafted = Drafted.nothing(len(kept), self.device)
-        _, token = self.chooser.verify(self._logits(last[:, None]), drafted)
-        yield self._take([[id_] for id_ in token.tolist()])
+        _, chosen = self.chooser.verify(self._logits(last[:, None]), Drafted.nothing(len(kept)))
+        yield self._take([[token] for token in chosen])
         while not all(self.ended):
-            drafted = drafter.draft(tokens, states, kept, token, self._room(reader), self.chooser)
-            tokens = torch.cat([token[:, None], drafted.tokens], dim=1)
-            states = reader.read(tokens)
-            agreed, token = self.chooser.verify(self._logits(states), drafted)
-            held = agreed.tolist()
-            runs = zip(drafted.tokens.tolist(), held, token.tolist(), strict=True)
-            written = self._take([[*drafts[:count], id_] for drafts, count, id_ in runs])
+            drafted = drafter.draft(read, states, kept, chosen, self._room(reader), self.chooser)
+            read = [[token, *drafts] for token, drafts in zip(chosen, drafted.tokens, strict=True)]
+            states = reader.read(torch.tensor(read, device=self.device))
+            held, chosen = self.chooser.verify(self._logits(states), drafted)
+            runs = zip(drafted.tokens, held, chosen, strict=True)
+            written = self._take([[*drafts[:count], token] for drafts, count, token in runs])
             for gained, count in zip(written, held, strict=True):
                 if gained:
-                    self.counts.add(drafted.tokens.shape[1], count, len(gained))
+                    self.counts.add(drafted.count, count, len(gained))
             # A row that has ended keeps nothing more: what it read last is read again, in vain, until all have ended.
             kept = [0 if ended else 1 + count for ended, count in zip(self.ended, held, strict=True)]
             reader.keep(kept)

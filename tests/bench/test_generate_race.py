@@ -11,7 +11,7 @@ from random_models import nano, random_model
 
 from dsv3_mini import save_pretrained
 from dsv3_mini.bench import generate
-from dsv3_mini.bench.generate import STEPS, Case, Result
+from dsv3_mini.bench.generate import STEPS, Case, DraftCost, Result
 from dsv3_mini.bench.race import BenchError, Lap, Side
 from dsv3_mini.cli import main
 from dsv3_mini.data.tokenizer import Tokenizer
@@ -43,7 +43,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_all_sides_write_the_same_tokens(folder: Path, here: list[str]) -> None:
     result = generate.run(folder, prompt=6, new=10, drafts=2, rounds=1, batches=(1, 3), contexts=(8, 64))
-    assert here == ["dsv3_mini", "with MTP", "transformers"] * 2 + ["8 tokens", "64 tokens"]
+    drafting = ["a token", "drafts and one more", "drafting"]
+    assert here == ["dsv3_mini", "with MTP", "transformers"] * 2 + drafting + ["8 tokens", "64 tokens"]
     assert [case.batch for case in result.cases] == [1, 3]
     for case in result.cases:
         assert case.plain.values == case.mtp.values == case.theirs.values
@@ -73,9 +74,12 @@ def test_ratios_say_who_is_faster() -> None:
 
     case = Case(16, plain=lap(2.0), mtp=lap(1.0), theirs=lap(10.0), acceptance=0.9, tokens_per_pass=1.9)
     assert (case.speed, case.gain) == (5.0, 2.0)
-    result = Result("here", "m", 24, 128, [case], {256: lap(1.0), 8192: lap(4.0)}, 1280)
+    cost = DraftCost(lap(1.0), lap(1.2), lap(0.7))
+    assert cost.verifying == 1.2 and cost.drafting == 0.7
+    result = Result("here", "m", 24, 128, [case], cost, {256: lap(1.0), 8192: lap(4.0)}, 1280)
     assert result.growth == 4.0
     text = generate.render(result)
+    assert "costs 1.20 of reading one token, drafting 0.70" in text and "1.90 tokens a pass come 1.00x" in text
     assert "1,024" in text and "2,048" in text and "205" in text  # 16 x 128 tokens in 2, 1 and 10 seconds
     assert f"{4e3 / STEPS:,.2f} ms" in text and "10.49 MB" in text and "bar: no more met" in text
 
@@ -91,6 +95,15 @@ def test_openings_begin_held_out_stories() -> None:
 def test_a_context_is_left_as_it_was(folder: Path) -> None:
     """Each step decodes beside the same cache: it would grow with each round otherwise."""
     step = generate.step_beside(str(folder), context=300)  # beyond the model's own 256
+    assert step() == step()
+
+
+def test_drafts_are_made_behind_the_same_text_each_time(folder: Path) -> None:
+    """Each round does the same work: what was read in the one before is forgotten."""
+    for drafts in (1, 3):
+        step = generate.step_drafting(str(folder), prompt=6, drafts=drafts)
+        assert step() == step()
+    step = generate.step_over(str(folder), prompt=6, tokens=2)
     assert step() == step()
 
 

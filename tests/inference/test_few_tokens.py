@@ -8,7 +8,8 @@ import pytest
 import torch
 from random_models import YARN, assert_routing_is_awake, nano, random_model, random_tokens
 
-from dsv3_mini.inference import LatentCache, few_tokens, generate
+from dsv3_mini import from_pretrained
+from dsv3_mini.inference import LatentCache, few_experts, few_tokens, generate
 from dsv3_mini.inference.few_tokens import FewTokens, fits
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.experts import LoopExperts
@@ -37,25 +38,26 @@ def caches(model: DeepSeekV3, rows: int, count: int, seed: int = 5) -> list[Late
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gathered", [0, 2**40], ids=["sent", "side by side"])
+@pytest.mark.parametrize("few, folded", [(0, 0), (64, 2**40)])
 @pytest.mark.parametrize("new", [1, 2, 5])
 @pytest.mark.parametrize("rows, lengths", [(1, [9]), (3, [9, 9, 9]), (3, [9, 6, 1])])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_states_are_those_of_the_model(
-    shape: str, rows: int, lengths: list[int], new: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+    shape: str, rows: int, lengths: list[int], new: int, few: int, folded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Main model and MTP module, beside caches of random numbers: states, and what is kept, to FP32's rounding."""
-    monkeypatch.setattr(few_tokens, "GATHERED", gathered)
+    monkeypatch.setattr(few_experts, "FEW", few)
+    monkeypatch.setattr(few_tokens, "FOLDED", folded)
     model = random_model(nano(**SHAPES[shape]))
     if shape in ("plain", "yarn"):
         assert_routing_is_awake(model, random_tokens(model.cfg))
     assert fits(model)
-    few, tokens = FewTokens(model), random_tokens(model.cfg, rows, new)
+    lean, tokens = FewTokens(model), random_tokens(model.cfg, rows, new)
     theirs, ours = (caches(model, rows, len(model.layers)) for _ in range(2))
     for layer in (*theirs, *ours):
         layer.truncate(lengths)
     expected, _ = model.main_states(tokens, cache=theirs)
-    torch.testing.assert_close(few.main_states(tokens, ours), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lean.main_states(tokens, ours), expected, rtol=1e-4, atol=1e-4)
     for one, other in zip(ours, theirs, strict=True):
         assert one.lengths == other.lengths == [n + new for n in lengths]
         torch.testing.assert_close(one.kept, other.kept, rtol=1e-4, atol=1e-4)
@@ -79,6 +81,12 @@ def test_mtp_states_are_those_of_the_module(lengths: list[int]) -> None:
         expected, _ = module(model.embed_tokens(tokens), beside, turn, mask, theirs)
         torch.testing.assert_close(few.mtp_states(depth, tokens, beside, ours), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.kept, theirs.kept, rtol=1e-4, atol=1e-4)
+        for places in ([2, 2], [0, 2]):
+            ours.truncate(lengths)
+            chosen = few.mtp_states(depth, tokens, beside, ours, places)
+            wanted = torch.stack([row[place] for row, place in zip(expected, places, strict=True)])
+            torch.testing.assert_close(chosen[:, 0], wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.kept, theirs.kept, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -119,3 +127,30 @@ def test_what_generation_runs_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     generate(model, random_tokens(model.cfg, 1, 4), 6)
     assert len(passes) == 5
+
+
+@torch.no_grad()
+def test_logits_of_the_model_that_ships_to_1e_5() -> None:
+    """Along held-out stories, one token and three at a time, against the model that reads them at once."""
+    from dsv3_mini.bench.generate import openings
+    from dsv3_mini.data.shipped import shipped
+
+    model, text = from_pretrained(shipped("tiny")).eval(), openings(1, 40)
+    wanted = model(text).logits
+    for step in (1, 3):
+        few, cache = FewTokens(model), LatentCache.for_model(model.cfg, 1, 40, torch.float32, CPU)
+        model.main_states(text[:, :10], cache=cache)
+        states = [few.main_states(text[:, at : at + step], cache) for at in range(10, 40, step)]
+        logits = model.lm_head(torch.cat(states, dim=1))
+        assert (logits - wanted[:, 10:]).norm() / wanted[:, 10:].norm() < 1e-5
+
+
+@torch.no_grad()
+def test_what_is_folded_follows_the_model() -> None:
+    """Weights are prepared for each text: a model that was trained on between two writes as it is now."""
+    model, prompt = random_model(nano()), random_tokens(nano(), 1, 4)
+    generate(model, prompt, 8)
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter) * parameter.std())
+    text = generate(model, prompt, 8)
+    assert torch.equal(model(text).logits[:, 3:-1].argmax(-1), text[:, 4:])

@@ -108,14 +108,14 @@ def judge(p: Tensor, q: Tensor, sampling: Sampling, seed: int = 0, source: Any =
     rows, drafts = ROWS if source is None else len(source), len(q)
     random = torch.Generator().manual_seed(seed)
     drawn = Drawn(sampling, [[0]] * rows, TOKENS, CPU, Dice(random if source is None else source, rows))
-    tokens, shares = [], []
+    columns, shares = [], []
     for place in range(drafts):
-        token, (share,) = drawn.propose(q[place].expand(rows, -1), torch.zeros(rows, place, dtype=torch.long))
-        tokens.append(token)
+        column, (share,) = drawn.propose(q[place].expand(rows, -1), [[0] * place] * rows)
+        columns.append(column)
         shares.append(share)
-    drafted = Drafted(torch.stack(tokens, 1), shares) if drafts else Drafted.nothing(rows, CPU)
-    agreed, after = drawn.verify(p.expand(rows, -1, -1), drafted)
-    return drafted.tokens, agreed, after
+    tokens = [list(row) for row in zip(*columns, strict=True)] if drafts else [[]] * rows
+    agreed, after = drawn.verify(p.expand(rows, -1, -1), Drafted(tokens, shares))
+    return torch.tensor(tokens), torch.tensor(agreed), torch.tensor(after)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=0.8, top_p=0.9, min_p=0.02)])
@@ -174,17 +174,17 @@ def test_greedy_keeps_the_run_up_to_the_first_difference() -> None:
     logits = torch.full((4, 4, 5), -1.0)
     for place, token in enumerate((1, 2, 3, 4)):  # the main model says 1 2 3 4
         logits[:, place, token] = 1.0
-    drafts = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 0, 3], [0, 2, 3]])
+    drafts = [[1, 2, 3], [1, 2, 0], [1, 0, 3], [0, 2, 3]]
     agreed, after = Greedy(Sampling(), [[]] * 4, 5, CPU).verify(logits, Drafted(drafts, []))
-    assert agreed.tolist() == [3, 2, 1, 0] and after.tolist() == [4, 3, 2, 1]
+    assert agreed == [3, 2, 1, 0] and after == [4, 3, 2, 1]
 
 
 def test_a_penalty_counts_the_drafts_before_a_place() -> None:
     """0 is the best token everywhere, until it has been written; then 1; then 2."""
     logits = torch.tensor([3.0, 2.0, 1.5, 1.0]).expand(1, 3, 4)
     greedy = Greedy(Sampling(repetition_penalty=10.0), [[3]], 4, CPU)
-    agreed, after = greedy.verify(logits, Drafted(torch.tensor([[0, 1]]), []))
-    assert (agreed.item(), after.item()) == (2, 2)
-    assert greedy.propose(logits[:, 0], torch.tensor([[0]]))[0].item() == 1
+    agreed, after = greedy.verify(logits, Drafted([[0, 1]], []))
+    assert (agreed, after) == ([2], [2])
+    assert greedy.propose(logits[:, 0], [[0]])[0] == [1]
     greedy.note([[0, 1]])
-    assert greedy.propose(logits[:, 0], torch.zeros(1, 0, dtype=torch.long))[0].item() == 2
+    assert greedy.propose(logits[:, 0], [[]])[0] == [2]

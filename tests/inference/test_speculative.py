@@ -48,7 +48,7 @@ class Watched:
         def draft(drafter: Drafter, *arguments: Any) -> Drafted:
             drafted = original(drafter, *arguments)
             texts = [p + r for p, r in zip(prompts, self.writing.rows, strict=True)]
-            self.passes.append((texts, list(self.writing.ended), drafted.tokens))
+            self.passes.append((texts, list(self.writing.ended), torch.tensor(drafted.tokens)))
             return drafted
 
         with pytest.MonkeyPatch.context() as patch:
