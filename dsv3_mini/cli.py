@@ -18,6 +18,7 @@ from dsv3_mini.errors import UserError
 COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "let a model write",
+    "convert": "write a model as servers read it, in BF16 or FP8",
     "eval": "bits per byte by domain, and judged samples",
     "ledger": "parameters, FLOPs, memory and cost of a configuration",
     "grade": "run readers' notebooks and say which exercises are right",
