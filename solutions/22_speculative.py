@@ -124,17 +124,17 @@ def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 check.verify_greedy(verify_greedy)
 
 # %% [markdown]
-# Text that is drawn is harder. Say that the model gives "red" and "blue" one half each, and the drafter always says "red".
-# Keeping every "red" writes too many of them. Keeping none wastes the draft. Half of the time is right: keep "red" every
-# second time, and say "blue" otherwise. In general, over a few tokens:
+# Text that is drawn is harder. Say that the model gives "lamp" and "scarf" one half each, and the drafter always says
+# "lamp". Keeping every "lamp" writes too many of them. Keeping none wastes the draft. Half of the time is right: keep "lamp"
+# every second time, and say "scarf" otherwise. In general, over a few tokens:
 
 # %%
 from dsv3_mini.viz.figures.speculative import rule_figure
 
-colours = ["red", "blue", "green", "brown", "pink"]
+things = ["lamp", "scarf", "pouch", "ball", "boot"]
 p = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05])  # the model
 q = torch.tensor([0.60, 0.10, 0.22, 0.03, 0.05])  # the drafter
-rule_figure(colours, p.tolist(), q.tolist())
+rule_figure(things, p.tolist(), q.tolist())
 
 # %% [markdown]
 # The drafter offers $x$ with probability $q(x)$. If we keep it with probability $\min(1, p(x)/q(x))$, then

@@ -28,10 +28,9 @@ def rule_figure(words: Sequence[str], p: Sequence[float], q: Sequence[float]) ->
         figure = Figure(figsize=(10, 4.2))
         axes = figure.subplots()
         axes.bar(x, both, 0.7, color=KEPT, label="kept: min(p, q)", gid="kept")
-        axes.bar(
-            x, (q_ - both), 0.7, bottom=both, color="white", edgecolor=FELL, hatch="//", label="falls: max(q - p, 0)"
-        )
-        axes.bar(x, (p_ - both), 0.7, bottom=both, color=MAIN, label="put in its place: max(p - q, 0)")
+        falls = {"color": "white", "edgecolor": FELL, "hatch": "//", "linewidth": np.where(q_ > p_, 1.0, 0.0)}
+        axes.bar(x, q_ - both, 0.7, bottom=both, label="falls: max(q - p, 0)", **falls)
+        axes.bar(x, p_ - both, 0.7, bottom=both, color=MAIN, label="put in its place: max(p - q, 0)")
         axes.set_xticks(x, [word.replace("$", r"\$") for word in words])
         axes.set(ylabel="probability", title="What falls is exactly as much as what is lacking")
         axes.legend()
@@ -45,7 +44,7 @@ def tokens_per_pass_figure(measured: Mapping[int, float], formula: Mapping[int, 
         figure = Figure(figsize=(8.5, 4))
         axes = figure.subplots()
         bars = axes.bar(x, list(measured.values()), 0.55, color=MAIN, label="counted")
-        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.bar_label(bars, fmt="%.2f", padding=9)
         axes.plot(x, list(formula.values()), "o", color=DRAFT, markersize=9, label="1 + a1 + a1 a2 + ...")
         axes.plot(x, [1 + n for n in measured], "--", color="#777777", label="if all drafts held")
         axes.set_xticks(x, [f"{n}" for n in measured])
@@ -68,7 +67,7 @@ def pass_cost_figure(batches: Sequence[int], costs: Mapping[str, Sequence[float]
         axes.set_xticks(list(batches), [f"{batch:,}" for batch in batches])
         axes.set(xlabel="rows in a batch", ylabel="time of a pass over 2 tokens a row\n(plain pass = 1)", title=title)
         axes.set_ylim(0.95, 2.05)
-        axes.legend()
+        axes.legend(loc="lower left")
     return figure
 
 
