@@ -18,9 +18,9 @@ from dsv3_mini.errors import UserError
 COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "let a model write",
+    "convert": "a run or a model into a folder that servers read, in BF16, FP32 or FP8",
     "eval": "bits per byte by domain, and judged samples",
     "ledger": "parameters, FLOPs, memory and cost of a configuration",
-    "convert": "a run's checkpoint into a model folder, in BF16, FP32 or FP8",
     "dry-run": "a training step of a cluster, on this machine: memory, traffic, time",
     "grade": "run readers' notebooks and say which exercises are right",
     "bench": "measure against transformers, side by side in one run",

@@ -1,4 +1,4 @@
-"""dsv3 convert: a run, one of its checkpoints, or a model folder, into a model folder in Hugging Face's layout."""
+"""dsv3 convert: a run, one of its checkpoints, or a model folder, into a folder that transformers, vLLM and SGLang open."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dsv3_mini.commands.flags import TOKENIZER_FILE, whole
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.hub import from_pretrained, save_pretrained
+from dsv3_mini.hub.export import export_pretrained
 from dsv3_mini.train.export import find_checkpoint, trained_model
 
 STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a rank file to put beside the model (default: the source's own, if it has one)",
     )
+    parser.add_argument("--no-mtp", action="store_true", help="leave a model's MTP modules out")
     parser.add_argument("--overwrite", action="store_true", help="replace the model that FOLDER holds")
 
 
@@ -47,13 +49,19 @@ def run(args: argparse.Namespace) -> int:
     if any(source.glob("model*.safetensors")):
         if args.ema or args.step:
             raise ConfigError(f"{source} is a model, not a run: leave --ema and --step out")
-        what, model = str(source), from_pretrained(source, dtype)
+        what, model = str(source), from_pretrained(source, dtype, mtp=not args.no_mtp)
     else:
+        if args.no_mtp:
+            raise ConfigError(f"--no-mtp is for a model: convert {source} into one, then that one")
         checkpoint = find_checkpoint(source, args.step)
         what, model = f"step {int(checkpoint.name.removeprefix('step-'))}", trained_model(checkpoint, args.ema, dtype)
         what = f"the moving average after {what}" if args.ema else f"the weights after {what}"
-    save_pretrained(model, args.folder, stored, overwrite=args.overwrite)
-    if tokenizer is not None:
-        tokenizer.save(args.folder / TOKENIZER_FILE)
+    if tokenizer is None:
+        save_pretrained(model, args.folder, stored, overwrite=args.overwrite)
+        print(
+            f"no {TOKENIZER_FILE} was found, so a server must be given a tokenizer; or convert again with --tokenizer FILE"
+        )
+    else:
+        export_pretrained(model, tokenizer, args.folder, stored, overwrite=args.overwrite)
     print(f"{args.folder}: {what}, in {args.dtype.upper()}; try `dsv3 sample --model {args.folder}`")
     return 0

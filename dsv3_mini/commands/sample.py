@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 
 import torch
 
 from dsv3_mini.commands.flags import add_model, number, read_model, whole
+from dsv3_mini.commands.talk import talk
+from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
+from dsv3_mini.inference.conversation import Conversation
 from dsv3_mini.inference.generate import TEMPERATURE, TOP_P, stream
+from dsv3_mini.inference.settings import Settings
 from dsv3_mini.inference.writing import Counts
+from dsv3_mini.model import DeepSeekV3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafts", type=whole(1), metavar="N", help="tokens drafted in each pass, with --mtp (default: one a module)"
     )
+    parser.add_argument(
+        "--interactive", action="store_true", help="talk with the model: it answers line by line, until the input ends"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     except UnicodeEncodeError as error:  # a terminal hands on bytes that are no UTF-8 as lone surrogates
         raise DataError(f"the prompt is not UTF-8: {error.object[error.start]!r} at character {error.start}") from None
     model, tokenizer = read_model(args, mtp=args.mtp)
+    if args.interactive:
+        return _interactive(args, model, tokenizer)
     generator = torch.Generator()
     if args.seed is None:
         generator.seed()
@@ -80,6 +91,17 @@ def run(args: argparse.Namespace) -> int:
     if args.mtp:
         print(drafting(tokens.counts), file=sys.stderr)
     return 0
+
+
+def _interactive(args: argparse.Namespace, model: DeepSeekV3, tokenizer: Tokenizer) -> int:
+    settings = Settings(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty, use_mtp=args.mtp, drafts=args.drafts,
+    )  # fmt: skip
+    chosen = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for name in ("stop_id", "generator", "prefix"):  # the conversation has its own
+        del chosen[name]
+    return talk(Conversation(model, tokenizer, args.seed, **chosen), args.prompt)
 
 
 def drafting(counts: Counts) -> str:

@@ -3,6 +3,7 @@
     model = from_pretrained(folder)                            a folder with config.json and *.safetensors -> model
     save_pretrained(model, folder)                             model -> such a folder, in BF16 (transformers opens it)
     save_pretrained(model, folder, dtype=torch.float8_e4m3fn)  the released FP8 layout
+    hub.export.export_pretrained(model, tokenizer, folder)     save_pretrained, and what servers read beside it
     read_tensors(folder)[name]                                 one tensor at a time, FP8 weights kept as they are
 
 Three things are worth knowing of the layout:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,6 +44,19 @@ def save_pretrained(
     Raises:
         CheckpointError: `folder` is not free, dtype or max_shard_bytes make no sense, or the disk refuses.
     """
+    with write_folder(model, folder, dtype, max_shard_bytes, overwrite) as new:
+        write_weights(model, new, dtype, max_shard_bytes)
+        write_json(new / "config.json", hf_config(model, dtype))
+
+
+@contextmanager
+def write_folder(
+    model: DeepSeekV3, folder: str | Path, dtype: torch.dtype, max_shard_bytes: float, overwrite: bool
+) -> Iterator[Path]:
+    """A hidden folder to write a checkpoint into; when the block ends without an error it takes the place of `folder`.
+
+    Arguments and errors are those of `save_pretrained`.
+    """
     folder = Path(folder).resolve()
     if dtype not in STORED:
         raise CheckpointError(f"dtype = {dtype} cannot be stored: use float32, bfloat16, float16 or float8_e4m3fn")
@@ -55,8 +70,7 @@ def save_pretrained(
     new, old = (folder.parent / f".{folder.name}.{what}-{token}" for what in ("writing", "replaced"))
     try:
         new.mkdir(parents=True)
-        _write_shards(model, new, dtype, max_shard_bytes)
-        _write_json(new / "config.json", _config(model, dtype))
+        yield new
         if folder.exists():
             folder.rename(old)
         try:
@@ -106,7 +120,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _write_shards(model: DeepSeekV3, folder: Path, dtype: torch.dtype, max_shard_bytes: float) -> None:
+def write_weights(model: DeepSeekV3, folder: Path, dtype: torch.dtype, max_shard_bytes: float) -> None:
+    """All tensors of a model in shards, and their index."""
     tensors = released_tensors(model)
     tensors.update({copy: tensors[main] for copy, main in shared_names(model.cfg).items()})
     shards: list[list[str]] = [[]]
@@ -130,14 +145,15 @@ def _write_shards(model: DeepSeekV3, folder: Path, dtype: torch.dtype, max_shard
                 weight_map[stored] = file
         save_file(shard, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
 
 
 def _stored_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
     return sum(shape.numel() * kind.itemsize for shape, kind in stored_layout(name, tensor.shape, dtype).values())
 
 
-def _config(model: DeepSeekV3, dtype: torch.dtype) -> dict[str, object]:
+def hf_config(model: DeepSeekV3, dtype: torch.dtype) -> dict[str, object]:
+    """The content of config.json for weights stored in `dtype`."""
     fp8 = dtype == torch.float8_e4m3fn
     config = {**model.cfg.to_hf(), "torch_dtype": "bfloat16" if fp8 else str(dtype).removeprefix("torch.")}
     if fp8:
@@ -150,5 +166,6 @@ def _config(model: DeepSeekV3, dtype: torch.dtype) -> dict[str, object]:
     return config
 
 
-def _write_json(path: Path, values: dict[str, object]) -> None:
+def write_json(path: Path, values: dict[str, object]) -> None:
+    """Indented, with a line end, as the hub's own files are."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dsv3_mini.errors import DataError
 from dsv3_mini.inference.choosing import Source
 from dsv3_mini.inference.sampling import choose
 from dsv3_mini.inference.settings import Prompts, Settings
@@ -70,6 +71,10 @@ def stream(
     **more: Any,
 ) -> Stream:
     """`generate`, token by token as they come; ends early once every row has reached a stop token."""
+    if not isinstance(tokens, Tensor):
+        raise DataError(
+            f"tokens is a {type(tokens).__name__}: give a tensor [b s]; complete() takes lists, of any lengths"
+        )
     chosen = dict(max_new_tokens=max_new_tokens, temperature=temperature, stop_id=stop_id, generator=generator)
     return Stream(Writing(model, tokens, Settings(**chosen, **more)), tokens.device)
 

@@ -6,6 +6,7 @@ stays to be read with the rest of a prompt, as a model says what comes next only
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -34,18 +35,37 @@ class Prefix:
         (self.tokens,) = checked_prompts([tokens], model, max_new_tokens=1)
         if len(self.tokens) < 2:
             raise DataError("a prefix of one token saves nothing: give at least two")
-        self.model, self.use_mtp = model, use_mtp
-        self.read = len(self.tokens) - 1
-        device = model.lm_head.weight.device
-        ids = torch.tensor([self.tokens], device=device)
-        depths = len(model.mtp) if use_mtp else 0
-        self._reader = Reader.with_room(model, 1, self.read)
-        self._drafter = Drafter(model, depths, 1, self.read, self._reader.few)
+        self.model, self.use_mtp, self.read = model, use_mtp, 0
+        self._depths = len(model.mtp) if use_mtp else 0
+        self._reader = Reader.with_room(model, 1, len(self.tokens) - 1)
+        self._drafter = Drafter(model, self._depths, 1, len(self.tokens) - 1, self._reader.few)
+        self._read_on()
+
+    @torch.inference_mode()
+    def extended(self, more: Sequence[int]) -> Prefix:
+        """The prefix with `more` tokens behind it, of which only the new ones are read: the next turn of a conversation.
+
+        Raises:
+            DataError: unknown tokens, or more than the model's context holds with one to come.
+        """
+        longer = copy.copy(self)
+        (longer.tokens,) = checked_prompts([[*self.tokens, *more]], self.model, max_new_tokens=1)
+        longer._reader, longer._drafter = self.fork(1)
+        if more:
+            longer._read_on()
+        return longer
+
+    def _read_on(self) -> None:
+        """Read all that is unread but for the last token."""
+        device = self.model.lm_head.weight.device
+        ids = torch.tensor([self.tokens[self.read :]], device=device)
+        new = ids.shape[1] - 1
         states = self._reader.read(ids[:, :-1])
-        self._reader.keep([self.read])
+        self._reader.keep([new])
         # The drafts are of no use; what counts is that the modules have read.
-        greedy = Greedy(Sampling(), [[]], model.cfg.vocab_size, device)
-        self._drafter.draft([self.tokens[:-1]], states, [self.read], self.tokens[-1:], depths, greedy)
+        greedy = Greedy(Sampling(), [[]], self.model.cfg.vocab_size, device)
+        self._drafter.draft([self.tokens[self.read : -1]], states, [new], self.tokens[-1:], self._depths, greedy)
+        self.read += new
 
     def check(self, prompts: Sequence[Sequence[int]], model: DeepSeekV3, drafts: int) -> None:
         """Whether these prompts can go on from here.

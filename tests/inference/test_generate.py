@@ -199,6 +199,8 @@ def test_towards_zero_sampling_becomes_the_likeliest(temperature: float) -> None
         (torch.tensor([[1, -2]]), {}, DataError, "token id -2 is not in the vocabulary of 512"),
         (torch.tensor([[1, 512]]), {}, DataError, "token id 512"),
         (torch.tensor([[1.0, 2.0]]), {}, DataError, "whole numbers"),
+        ([[1, 2], [3]], {}, DataError, "tokens is a list: give a tensor [b s]; complete() takes lists"),
+        ("Tom", {}, DataError, "tokens is a str"),
         (torch.zeros(1, 250, dtype=torch.long), dict(max_new_tokens=7), DataError, "max_position_embeddings = 256"),
         (torch.tensor([[1]]), dict(max_new_tokens=0), ConfigError, "max_new_tokens = 0"),
         (torch.tensor([[1]]), dict(temperature=-0.1), ConfigError, "temperature = -0.1"),

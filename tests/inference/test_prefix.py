@@ -79,3 +79,41 @@ def test_mistakes_are_one_line() -> None:
         with pytest.raises(DataError, match=words):
             Prefix(model, tokens)
     assert prefix._reader.lengths == [8]
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+@pytest.mark.parametrize("more", [{}, dict(use_mtp=True)], ids=["plain", "drafting"])
+def test_it_grows_turn_by_turn_and_reads_only_what_is_new(
+    modules: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grown in four steps, one of them nothing: the same text and as many drafts that hold as if it was read at once."""
+    model, text = few_words(modules), endings([14])[0]
+    grown, steps = Prefix(model, text[:4], use_mtp=bool(more)), []
+    for end in (7, 7, 8, len(text)):
+        before = grown
+        grown = before.extended(text[len(before.tokens) : end])
+        assert before.read == len(before.tokens) - 1 and grown.tokens == text[:end] and grown.read == end - 1
+        steps.append(grown)
+    whole = Prefix(model, text, use_mtp=bool(more))
+    for prefix in (steps[1], steps[-1], whole):  # an early one still is what it was
+        assert complete(model, [text + [2]], 20, prefix=prefix, **more) == complete(model, [text + [2]], 20)
+
+    from dsv3_mini.inference.watching import watch
+
+    passes = [list(watch(model, text, max_new_tokens=20, prefix=p, **more)) for p in (None, whole, steps[-1])]
+    assert passes[0] == passes[1] == passes[2]
+
+    read: list[int] = []
+    original = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, tokens: read.append(tokens.shape[1]) or original(self, tokens))
+    steps[0].extended([1, 2, 3])
+    assert read == [3]
+
+
+def test_it_grows_no_further_than_the_context() -> None:
+    model = few_words()
+    prefix = Prefix(model, [1] * 250)
+    with pytest.raises(DataError, match="max_position_embeddings = 256"):
+        prefix.extended([1] * 6)
+    with pytest.raises(DataError, match="token id 6 is not in the vocabulary"):
+        prefix.extended([6])
