@@ -43,7 +43,9 @@ PATIENCE = datetime.timedelta(seconds=60)  # a process that waits longer for ano
 DIMENSIONS = 4
 # Imported once, by the process that all others are copied from; the second is what `fully_shard` imports when it first runs.
 WORK = ["dsv3_mini.course.shared_training", "torch._dynamo"]
-KNOWN = {f.__name__: f for f in (ring.all_gather, ring.reduce_scatter, ring.all_reduce, einsum, rearrange, reduce, repeat)}
+KNOWN = {
+    f.__name__: f for f in (ring.all_gather, ring.reduce_scatter, ring.all_reduce, einsum, rearrange, reduce, repeat)
+}
 KNOWN |= {"torch": torch, "Tensor": Tensor, "Float": Float, "Rank": Rank, "dist": dist}
 
 

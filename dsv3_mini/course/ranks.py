@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
@@ -240,7 +241,20 @@ class _Run:
         """Is there anybody who can go on?"""
         left = [rank for rank in range(self.count) if rank not in self.ended]
         if left and not self.over and all(r in self.waits and not self.boxes[self.waits[r], r] for r in left):
-            each = [f"rank {r} waits for rank {(o := self.waits[r])}" + ", which has ended" * (o in self.ended) for r in left]
+            each = [
+                f"rank {r} waits for rank {(o := self.waits[r])}" + ", which has ended" * (o in self.ended)
+                for r in left
+            ]
             said = "; ".join(each[:4]) + "; ..." * (len(each) > 4)
             self.error, self.over = Stuck(f"nobody can go on: {said}"), True
             self.turn.notify_all()
+
+
+def on_ranks(program: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """A program of one rank as a function of columns, which gives back what all ranks do, in a list."""
+
+    @functools.wraps(program)
+    def results(*columns: Sequence[Any]) -> list[Any]:
+        return run(program, *columns).results
+
+    return results

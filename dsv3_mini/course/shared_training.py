@@ -74,7 +74,9 @@ def gradient_of_rows(me: Rank, batch: Int[Tensor, "b s1"]) -> Float[Tensor, " p"
 def axes(me: Rank, plan: dict[str, int]) -> dict[str, list[int]]:
     """With whom this rank shares each axis of the package's meshes."""
     mesh = Mesh.join(ParallelPlan(**plan), CFG)
-    named = {name: mesh.dense for name in mesh.dense.mesh_dim_names} | {n: mesh.experts for n in mesh.experts.mesh_dim_names}
+    named = {name: mesh.dense for name in mesh.dense.mesh_dim_names} | {
+        n: mesh.experts for n in mesh.experts.mesh_dim_names
+    }
     return {name: dist.get_process_group_ranks(of.get_group(name)) for name, of in named.items()}
 
 
