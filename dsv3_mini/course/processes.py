@@ -25,6 +25,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,7 +37,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3_mini.course import ring
-from dsv3_mini.course.ranks import Rank
+from dsv3_mini.course.checks.framework import SECONDS, TOLERANCE, difference
+from dsv3_mini.course.checks.guard import Problem, Unsolved, call
+from dsv3_mini.course.ranks import Rank, run
 from dsv3_mini.errors import UserError
 
 PATIENCE = datetime.timedelta(seconds=60)  # a process that waits longer for another fails
@@ -83,17 +86,22 @@ class Processes:
     """
 
     def __init__(self, count: int) -> None:
+        self.count = count
+        self.ends: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start them, at first or again after one has failed."""
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(kind)
         if kind == "forkserver":
             context.set_forkserver_preload(WORK)
         self.folder = tempfile.TemporaryDirectory(prefix="dsv3-ranks-", ignore_cleanup_errors=True)
         meeting = (Path(self.folder.name) / "meeting").as_uri()
-        self.ends: list[Connection] = []
-        self.processes = []
-        for number in range(count):
+        for number in range(self.count):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(number, count, meeting, there), daemon=True)
+            process = context.Process(target=_serve, args=(number, self.count, meeting, there), daemon=True)
             process.start()
             there.close()
             self.ends.append(here)
@@ -108,7 +116,7 @@ class Processes:
             UserError: one of them failed; the message names it and says why. All are ended then.
         """
         if not self.processes:
-            raise UserError("these processes have ended: start new ones, Processes(count)")
+            raise UserError("these processes have ended: start them again, team.start()")
         sent = _packed(work)
         for number, end in enumerate(self.ends):
             end.send((sent, tuple(column[number] for column in columns)))
@@ -140,14 +148,33 @@ class Processes:
                 except (EOFError, ConnectionError):
                     failed, results[number] = "it ended without a word", None
                 if failed:
-                    count = len(self.processes)
                     for process in self.processes:
                         process.kill()
                     self.close()
                     if failed == NotImplementedError.__name__:
                         raise NotImplementedError
-                    raise UserError(f"rank {number} of {count} failed: {failed}")
+                    raise UserError(f"rank {number} of {self.count} failed: {failed}")
         return [_tensors(results[number]) for number in range(len(self.ends))]
+
+
+def same_on(team: Processes, mine: Callable[..., Any], theirs: Callable[..., Any], *columns: Sequence[Any]) -> None:
+    """Print whether these processes, running `mine`, get what simulated ranks get with `theirs`; one line if it is blank.
+
+    `mine` is run by simulated ranks first: what waits for ever there is not given to processes.
+    """
+    try:
+        wanted = run(theirs, *columns).results
+        for got in (call(run, (mine, *columns), SECONDS, blame=mine).results, team.run(mine, *columns)):
+            if wrong := difference(got, wanted, TOLERANCE):
+                print(f"✗ {wrong}")
+                return
+        print(f"✓ {len(wanted)} processes ran {mine.__name__} and have the right numbers")
+    except (Unsolved, NotImplementedError):
+        print(f"○ {mine.__name__} is still blank: nothing to run yet")
+    except (Problem, UserError) as problem:
+        print(f"✗ {problem}")
+        if not team.processes:
+            team.start()
 
 
 def _packed(work: Callable[..., Any]) -> Callable[..., Any] | tuple[str, str]:

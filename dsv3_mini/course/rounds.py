@@ -1,7 +1,7 @@
 """Collectives as films: what each rank holds, and round by round which piece goes where (lesson 18).
 
-A rank's tensor is a row of n pieces. A piece is written as the ranks whose numbers are in it: (2,) is rank 2's own, (0, 1, 2)
-a sum of three, () a place that holds nothing yet, or no more. In a round all moves happen at the same time, and a rank sends
+A rank's tensor is a row of n pieces, numbered. A piece also says the ranks whose numbers are in it: (2,) is rank 2's own,
+(0, 1, 2) a sum of three, () a place that holds nothing yet, or no more. In a round all moves happen at the same time, and a rank sends
 to one other at most, so that a round lasts as long as its largest message.
 
 These are the same messages as those of the programs in `ring.py`, all-to-all's in the order that swaps them in place.
@@ -12,8 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
-Piece = tuple[int, ...]
+
+class Piece(NamedTuple):
+    """What lies in a place: which piece of a tensor, and whose numbers are in it."""
+
+    number: int
+    ranks: tuple[int, ...]
+
+
 State = tuple[tuple[Piece, ...], ...]  # by rank, by place
 
 
@@ -70,20 +78,20 @@ def after(state: State, moves: Sequence[Move]) -> State:
     rows = [list(row) for row in state]
     for move in moves:
         if move.leaves:
-            rows[move.source][move.piece] = ()
+            rows[move.source][move.piece] = Piece(move.piece, ())
     for move in moves:
         came = state[move.source][move.piece]
-        here = state[move.target][move.place] if move.adds else ()
-        rows[move.target][move.place] = tuple(sorted({*came, *here}))
+        here = state[move.target][move.place].ranks if move.adds else ()
+        rows[move.target][move.place] = Piece(came.number, tuple(sorted({*came.ranks, *here})))
     return tuple(map(tuple, rows))
 
 
 def _full(n: int) -> State:
-    return tuple(((rank,),) * n for rank in range(n))
+    return tuple(tuple(Piece(place, (rank,)) for place in range(n)) for rank in range(n))
 
 
 def _own_piece(n: int) -> State:
-    return tuple(tuple((rank,) if place == rank else () for place in range(n)) for rank in range(n))
+    return tuple(tuple(Piece(place, (rank,) if place == rank else ()) for place in range(n)) for rank in range(n))
 
 
 def _row(source: int, target: int, n: int, adds: bool = False) -> tuple[Move, ...]:
@@ -91,9 +99,7 @@ def _row(source: int, target: int, n: int, adds: bool = False) -> tuple[Move, ..
 
 
 def _gather(n: int) -> tuple[tuple[Move, ...], ...]:
-    return tuple(
-        tuple(Move(r, (r - step) % n, (r + 1) % n, (r - step) % n) for r in range(n)) for step in range(n - 1)
-    )
+    return tuple(tuple(Move(r, (r - step) % n, (r + 1) % n, (r - step) % n) for r in range(n)) for step in range(n - 1))
 
 
 def _scatter(n: int) -> tuple[tuple[Move, ...], ...]:
@@ -109,7 +115,8 @@ def broadcast(n: int) -> Film:
     while reach < n:
         rounds.append(tuple(move for r in range(min(reach, n - reach)) for move in _row(r, r + reach, n)))
         reach *= 2
-    return Film("broadcast", tuple(((0,) if rank == 0 else (),) * n for rank in range(n)), tuple(rounds))
+    start = tuple(tuple(Piece(place, () if rank else (0,)) for place in range(n)) for rank in range(n))
+    return Film("broadcast", start, tuple(rounds))
 
 
 def all_gather(n: int) -> Film:

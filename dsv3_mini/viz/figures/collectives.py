@@ -1,6 +1,7 @@
 """Lesson 18's pictures: what each collective does, a moment of its rounds, times by size, and the memory of ZeRO's stages.
 
-A rank is a row of places, a colour is a rank's numbers: a place with several stripes holds a sum, an empty one nothing.
+A rank is a row of places, a colour is a rank's numbers: a place with several stripes holds a sum, an empty one nothing. The
+digit is the number of the piece.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def collectives_figure(films: Sequence[Film]) -> Figure:
         for row, when in zip(axes, ("before", "after"), strict=True):
             row[0].set_ylabel(when, fontsize=14, fontweight="bold")
             row[0].set_yticks([r + 0.5 for r in range(films[0].ranks)], [f"rank {r}" for r in range(films[0].ranks)])
-        figure.suptitle("Five ways to talk to all: a colour for each rank's numbers, stripes where they are added up",
+        figure.suptitle("Five ways to talk to all: a colour for each rank's numbers, stripes where they are added up, digits for pieces",
                         fontsize=14, fontweight="bold", x=0.01, ha="left")  # fmt: skip
     return figure
 
@@ -52,7 +53,7 @@ def moment_figure(film: Film, number: int) -> Figure:
         places.set_title(f"{film.name}: after round {number} of {len(film.rounds)}", fontsize=13)
         bars.barh([r + 0.5 for r in range(film.ranks)], [count / film.ranks for count in sent], 0.7, color=INK)
         bars.set(ylim=(film.ranks, 0), xlim=(0, most / film.ranks * 1.06), yticks=[])
-        bars.set_xlabel("sent, in sizes of a rank's tensor")
+        bars.set_xlabel("sent so far, in sizes of a rank's tensor")
     return figure
 
 
@@ -62,18 +63,25 @@ def draw_state(axes: Axes, state: State) -> None:
         for place, piece in enumerate(row):
             corner, size = (place + GAP / 2, rank + GAP / 2), 1 - GAP
             for stripe, colour in enumerate(stripes(piece)):
-                wide = size / len(piece)
+                wide = size / len(piece.ranks)
                 axes.add_patch(
-                    Rectangle((corner[0] + stripe * wide, corner[1]), wide, size, facecolor=colour, gid=f"{rank}:{place}")
+                    Rectangle(
+                        (corner[0] + stripe * wide, corner[1]), wide, size, facecolor=colour, gid=f"{rank}:{place}"
+                    )
                 )
-            axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=QUIET if piece else EDGE, linewidth=0.8))
+            edge = QUIET if piece.ranks else EDGE
+            axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=edge, linewidth=0.8))
+            if piece.ranks:
+                box = {"boxstyle": "circle,pad=0.12", "facecolor": "white", "edgecolor": "none"}
+                middle = (place + 0.5, rank + 0.5)
+                axes.text(*middle, piece.number, ha="center", va="center", fontsize=11, color=INK, bbox=box)
     axes.set(xlim=(0, len(state[0])), ylim=(len(state), 0), xticks=[], yticks=[], aspect="equal")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
 
 
 def stripes(piece: Piece) -> list[str]:
-    return [COLOURS[rank % len(COLOURS)] for rank in piece]
+    return [COLOURS[rank % len(COLOURS)] for rank in piece.ranks]
 
 
 def times_figure(times: Mapping[str, Mapping[int, float]], title: str) -> Figure:
@@ -104,7 +112,11 @@ def memory_figure(held: Mapping[str, Mapping[str, float]], room: float, title: s
             axes.text(total, number, f" {total:.1f} GB", va="center")
         axes.axvline(room / 1e9, color=COLOURS[3], linewidth=2, linestyle="--")
         axes.text(room / 1e9, -0.62, f" a GPU has {room / 1e9:.0f} GB", color="#A34700", va="bottom")
-        axes.set(xlabel="memory on each GPU (GB)", ylim=(len(held) - 0.5, -0.95), xlim=(0, 1.15 * max(start.values())))
+        axes.set(
+            xlabel="memory on each GPU (GB)",
+            ylim=(len(held) - 0.5, -0.95),
+            xlim=(0, max(1.15 * max(start.values()), 1.4 * room / 1e9)),
+        )
         axes.set_title(title)
         axes.legend(loc="lower right")
     return figure
