@@ -439,16 +439,17 @@ start = flat(dict(model.named_parameters()), length)
 
 # %%
 def yours(zero: int) -> Tensor:
+    """By how much the weights move. Any rank will do: all have the same."""
     columns = [start] * 4, gradients, [torch.zeros(length // 4)] * 4, [RATE] * 4, [MOMENTUM] * 4
-    return on_ranks(sharded_step)(*columns)[zero][0]  # any rank: all have the same
+    return on_ranks(sharded_step)(*columns)[zero][0] - start
 
 
 def the_packages(zero: int) -> Tensor:
-    return flat({name: taken[zero][0]["after"][name] for name in names}, length)
+    return flat({name: taken[zero][0]["after"][name] for name in names}, length) - start
 
 
 same(yours, the_packages, (1,), (2,), (3,))
-print(f"the step moved weights by up to {(the_packages(1) - start).abs().max():.2f}")
+print(f"the step moves weights by up to {the_packages(1).abs().max():.2f}")
 
 # %% [markdown] tags=["experiment"]
 # ## Experiment 1: is the ring the fastest?
@@ -504,8 +505,9 @@ for name, curve in times.items():
 times_figure(times, "16 ranks: doubling for small tensors, the ring for large ones")
 
 # %% [markdown]
-# They agree. And there is a size at which the two curves cross: where $\log_2 n\,(\alpha + B/s) =
-# 2(n-1)(\alpha + B/(ns))$. A library such as NCCL holds several of these ways, and chooses by size.
+# They agree. (For a kilobyte even rank 0's way is fast: two latencies are all that it waits for.) And there is a size
+# at which the two curves cross: where $\log_2 n\,(\alpha + B/s) = 2(n-1)(\alpha + B/(ns))$. A library such as NCCL
+# holds several of these ways, and chooses by size.
 
 # %%
 cross = ALPHA * NETWORK_SPEED * (2 * (n - 1) - math.log2(n)) / (math.log2(n) - 2 * (n - 1) / n)
@@ -677,7 +679,7 @@ for name, shared_by in (("experts", plan.expert_shard), ("all else", plan.dp_sha
 print(f"together {1e3 * zero1:.0f} ms of a step of {step:.1f} s: {zero1 / step:.1%}")
 
 # %% [markdown]
-# One part in a hundred, and most of it can hide behind the last backward. Why only stage 1, then, and no ZeRO-3, which
+# One part in a hundred. Why only stage 1, then, and no ZeRO-3, which
 # would need no pipeline? Because there weights travel with every micro-batch. Let 2,048 GPUs share everything, one
 # sequence a micro-batch:
 

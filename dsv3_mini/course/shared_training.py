@@ -22,7 +22,7 @@ from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.parallel.sharding import before_micro_batch, shard, units
 from dsv3_mini.train.losses import training_losses
 
-RATE, MOMENTUM = 0.1, 0.9
+RATE, MOMENTUM = 1.0, 0.9
 CFG = ModelConfig.preset("nano", vocab_size=256)
 
 
@@ -62,7 +62,7 @@ def flat(tensors: Mapping[str, Tensor], whole: int) -> Float[Tensor, " whole"]:
 
 
 def gradient_of_rows(me: Rank, batch: Int[Tensor, "b s1"]) -> Float[Tensor, " p"]:
-    """Data parallelism: this rank's rows, every rank's gradients added up, by the package's `Replicas` elsewhere."""
+    """Data parallelism: this rank's rows of the batch, and all ranks' gradients added up."""
     model = fresh_model()
     backward(model, batch[me.number :: me.count], batch)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

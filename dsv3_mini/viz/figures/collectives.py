@@ -48,10 +48,19 @@ def moment_figure(film: Film, number: int) -> Figure:
             for move in film.rounds[number]:
                 ends = ((move.piece + 0.5, move.source + 0.5), (move.place + 0.5, move.target + 0.5))
                 places.add_patch(
-                    FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=13, color=INK, linewidth=1.4, zorder=5)
+                    FancyArrowPatch(
+                        *ends,
+                        arrowstyle="-|>",
+                        mutation_scale=13,
+                        shrinkA=11,
+                        shrinkB=11,
+                        color=INK,
+                        linewidth=1.6,
+                        zorder=5,
+                    )
                 )
         places.set_title(f"{film.name}: after round {number} of {len(film.rounds)}", fontsize=13)
-        bars.barh([r + 0.5 for r in range(film.ranks)], [count / film.ranks for count in sent], 0.7, color=INK)
+        bars.barh([r + 0.5 for r in range(film.ranks)], [count / film.ranks for count in sent], 0.7, color=COLOURS[0])
         bars.set(ylim=(film.ranks, 0), xlim=(0, most / film.ranks * 1.06), yticks=[])
         bars.set_xlabel("sent so far, in sizes of a rank's tensor")
     return figure
@@ -109,7 +118,8 @@ def memory_figure(held: Mapping[str, Mapping[str, float]], room: float, title: s
             axes.barh(list(held), widths, left=[start[stage] for stage in held], color=colour, label=kind, height=0.66)
             start = {stage: start[stage] + width for stage, width in zip(held, widths, strict=True)}
         for number, total in enumerate(start.values()):
-            axes.text(total, number, f" {total:.1f} GB", va="center")
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the line of the room stays behind it
+            axes.text(total + 0.01 * room / 1e9, number, f"{total:.1f} GB", va="center", bbox=box, zorder=5)
         axes.axvline(room / 1e9, color=COLOURS[3], linewidth=2, linestyle="--")
         axes.text(room / 1e9, -0.62, f" a GPU has {room / 1e9:.0f} GB", color="#A34700", va="bottom")
         axes.set(
