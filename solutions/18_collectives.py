@@ -418,9 +418,8 @@ for zero, (mine, *_) in taken.items():
 
 # %% [markdown]
 # Stage 1 has everything whole but its momentum, gathers once and adds up once. Stage 2 keeps a quarter of the gradients
-# and adds up with every micro-batch. Stage 3 keeps few weights (embedding and head stay put together, to be fair to the
-# package's own list of simplifications) and gathers for each micro-batch, forward and backward. That is what its memory
-# costs.
+# and adds up with every micro-batch. Stage 3 keeps few weights (embedding, last norm and head stay put together: the
+# package's simplification) and gathers for each micro-batch, forward and backward. That is what its memory costs.
 #
 # And are its weights those of your step? Give your function the four ranks' gradients, and compare.
 
@@ -596,7 +595,7 @@ def step_gradient_with_a_bug(me: Rank, gradients: list[Tensor]) -> Tensor:
 
 for ranks, count in ((1, 4), (4, 1), (4, 2), (4, 3)):
     parts = [[torch.ones(4)] * count for _ in range(ranks)]
-    print(f"{ranks} ranks, {count} micro-batches: {run(step_gradient_with_a_bug, parts).results[0][0]:.0f}", end=" ")
+    print(f"ranks {ranks}, micro-batches {count}: {run(step_gradient_with_a_bug, parts).results[0][0]:.0f}", end=" ")
     print(f"where {ranks * count} is right")
 
 # %% [markdown]
