@@ -489,7 +489,7 @@ from dsv3_mini.viz.figures.collectives import times_figure
 
 
 def seconds(way, size: int, wires: Wires, ranks: int = n) -> float:
-    """The clock when the last rank is ready. A tensor on "meta" has a size and no numbers: nothing is computed."""
+    """When the last rank is ready. A tensor on "meta" has a size and no numbers."""
     return run(way, [torch.empty(size // 4, device="meta")] * ranks, wires=wires).seconds
 
 
@@ -573,6 +573,7 @@ for name in player.facts["names"]:
 before = player.figure()
 player.set(moment=len(player.film.rounds))
 assert player.moment == 8 and player.film.state(8) != player.film.start and before is not None
+player.set(name="all-reduce", ranks=6, moment=3)
 
 # %% [markdown]
 # `player.save_html("collectives.html")` writes it into one file that plays without Python.

@@ -95,7 +95,7 @@ def test_what_it_says_is_what_the_films_say(page: Page) -> None:
             choose(page, moment=len(film.rounds))
             sent = float(re.search(r"sent ([\d.]+) times", said(page))[1])
             assert sent == pytest.approx(max(film.sent(len(film.rounds))) / ranks, abs=0.006)
-            wire = float(re.search(r"as long as ([\d.]+) whole", said(page, ".score"))[1])
+            wire = float(re.search(r"as long as ([\d.]+) times", said(page, ".score"))[1])
             assert wire == pytest.approx(sum(film.lengths) / ranks, abs=0.006)
 
 

@@ -132,7 +132,7 @@ function render({ model, el }) {
     said.setAttribute("aria-live", stands ? "polite" : "off");
     if (said.textContent !== text) said.textContent = text;
     const time = film.lengths.reduce((sum, one) => sum + one, 0) / film.ranks;
-    score.textContent = `Without latency all rounds together take as long as ${short(time)} whole tensors on one wire.`;
+    score.textContent = `Without latency all rounds together take as long as ${short(time)} times the tensor on one wire.`;
     const title = `${film.name}, ${film.ranks} ranks. ${text}`;
     if (stands && canvas.getAttribute("aria-label") !== title) canvas.setAttribute("aria-label", title);
     place.value = moment;
