@@ -215,7 +215,11 @@ def _serve(number: int, count: int, meeting: str, work: Connection) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", meeting, rank=number, world_size=count, timeout=PATIENCE)
+    try:
+        dist.init_process_group("gloo", meeting, rank=number, world_size=count, timeout=PATIENCE)
+    except Exception as error:
+        work.send((f"it could not meet the others: {type(error).__name__}: {error}", None))
+        return
     me = Process()
     work.send(("", None))
     with contextlib.suppress(EOFError, ConnectionError):

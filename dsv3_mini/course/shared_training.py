@@ -23,7 +23,7 @@ from dsv3_mini.parallel.sharding import before_micro_batch, shard, units
 from dsv3_mini.train.losses import training_losses
 
 RATE, MOMENTUM = 1.0, 0.9
-CFG = ModelConfig.preset("nano", vocab_size=256)
+CFG = ModelConfig.preset("nano", vocab_size=256, num_hidden_layers=2)
 
 
 def with_torch(me: Rank, x: Float[Tensor, "n m"]) -> dict[str, Tensor]:
