@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from dsv3_mini.course.checks.framework import Case, Exercise, Mistake, Property, Result
-from dsv3_mini.course.ranks import Program, meet
+from dsv3_mini.course.exchanges import Program, meet
 
 Rows = list[Tensor]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv3_mini.course.checks import lesson_19 as check
 from dsv3_mini.course.checks.framework import Exercise, exercises_of
-from dsv3_mini.course.ranks import Deadlock, all_to_all, meet
+from dsv3_mini.course.exchanges import Deadlock, all_to_all, meet
 from dsv3_mini.errors import UserError
 from dsv3_mini.fp8.formats import E8M0, encode, power_of_two_at_least
 from dsv3_mini.parallel.fp8_hop import packed
