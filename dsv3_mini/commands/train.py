@@ -153,7 +153,8 @@ def start_processes(count: int, restarts: int) -> int:
         launch("-m", "dsv3_mini.cli", *sys.argv[1:])
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        if 0 not in failed.failures or failed.failures[0].exitcode < 0:  # it was only told to end, and has said nothing
+        # Where process 0 was killed, or told to end before it could say why.
+        if 0 not in failed.failures or failed.failures[0].exitcode < 0:
             print(f"dsv3 train: process {rank} failed with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode
     except SignalException:  # Ctrl-C went on to the processes, which have saved and said so
