@@ -111,7 +111,7 @@ def test_stages_in_bf16_take_the_steps_of_one_process(runs: Path, name: str) -> 
     one, many = runs / "one BF16", runs / "4" / f"{name} BF16"
     # In step 3 a rounding sends some tokens to other experts, whose moments are of few tokens.
     assert_same_in_bf16(many, one, alike=0.9)
-    # Until then nothing but the order of sums differs: gradients of BF16 are added up over micro-batches in FP32.
+    # Until then nothing but the order of sums differs.
     assert reports(many)[0]["grad_norm"] == pytest.approx(reports(one)[0]["grad_norm"], rel=2e-4)
 
 
