@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from team_runs import (
     trainer,
 )  # fmt: skip
 
+from dsv3_mini.errors import ConfigError
+from dsv3_mini.parallel.pipeline_team import PipelineTeam
+from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.parallel.torch_schedules import TORCH_SCHEDULES
 from dsv3_mini.train.schedules import constant, steps
 from dsv3_mini.train.trainer import Trainer
@@ -107,7 +111,7 @@ def test_stages_in_bf16_take_the_steps_of_one_process(runs: Path, name: str) -> 
     one, many = runs / "one BF16", runs / "4" / f"{name} BF16"
     # In step 3 a rounding sends some tokens to other experts, whose moments are of few tokens.
     assert_same_in_bf16(many, one, alike=0.9)
-    # Until then nothing but the order of sums differs: gradients of BF16 are added up over micro-batches in FP32.
+    # Until then nothing but the order of sums differs.
     assert reports(many)[0]["grad_norm"] == pytest.approx(reports(one)[0]["grad_norm"], rel=2e-4)
 
 
@@ -120,3 +124,14 @@ def test_what_stages_and_experts_wrote_goes_on_anywhere(runs: Path) -> None:
     for found in [alone.to_log(), *(reports(folder)[-1] for folder in folders)]:
         found["load"] = {int(layer): load for layer, load in found["load"].items()}
         assert_same_step(found, expected.to_log())
+
+
+def test_batches_too_small_for_the_pipelines_are_refused_at_the_start() -> None:
+    plan = ParallelPlan(pp=2, dp_replicate=2, schedule="DualPipeV")
+    team = PipelineTeam(rank=0, count=4, mesh=SimpleNamespace(plan=plan), layouts={}, held=(), ends=None)
+    team.check_batch(8)
+    with pytest.raises(
+        ConfigError, match="^batch_size = 7 leaves each of 2 pipelines 3 rows, too few: .*DualPipeV"
+    ) as caught:
+        team.check_batch(7)
+    assert "\n" not in str(caught.value)
