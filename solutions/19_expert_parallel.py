@@ -94,7 +94,6 @@ assert by_post(values, chosen_by_rank, held=2) == [[10 * 1 + 10 * 2, 20 * 2 + 20
 # table whose entries are lists.
 
 # %%
-
 from einops import rearrange, reduce
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -640,7 +639,9 @@ arithmetic = 4096 * 2 * active / report_flops_per_second()
 messages = scale * sum(part.even for name, part in even["fp8"].items() if "network" in name)
 print(f"a layer forward: arithmetic {1e3 * arithmetic:.1f} ms, network {1e3 * messages:.1f} ms")
 layers = large.num_hidden_layers - large.first_k_dense_replace
-print(f"{layers} sparse layers: each token crosses the network in {layers * messages / 4096 * 1e6:.0f} microseconds")
+print(
+    f"{layers} sparse layers: {layers * messages / 4096 * 1e6:.0f} microseconds of a GPU's network for a token, forward"
+)
 
 # %% [markdown]
 # The network needs a good part of the arithmetic's time, with wires at their full rate and nobody waiting; the report, with
@@ -670,7 +671,6 @@ overlap_figure(chunk)
 # copies; if all 64 GPUs' tokens chose experts of one GPU, it would get all of them.
 
 # %%
-network, inside = wire_tables(cluster, route(0.0), home)
 copies = nodes_reached(route(0.0), 256, 64).sum().item() / len(home)
 usual, most = (rows * large.hidden_size / 1e9 for rows in (4096 * copies, 4096 * 64))
 print(f"a token makes {copies:.1f} copies, on as many GPUs; vectors that arrive, in FP8: {usual:.2f} GB")
