@@ -15,17 +15,33 @@ from dsv3_mini.parallel.plan import ParallelPlan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, default="671b")
     parser.add_argument("--gpus", type=whole(1, most=2**17), default=2048, help="in all (default: 2048)")
-    parser.add_argument("--pp", type=whole(1, most=512), default=None, help="pipeline ranks (default: 16, or fewer where there are fewer GPUs)")
-    parser.add_argument("--ep", type=whole(1, most=4096), default=None, help="ranks that share a layer's experts (default: 64, or fewer)")
-    parser.add_argument("--ep-nodes", type=whole(1, most=512), default=None, help="nodes of an expert-parallel group (default: ep / 8)")
+    parser.add_argument(
+        "--pp",
+        type=whole(1, most=512),
+        default=None,
+        help="pipeline ranks (default: 16, or fewer where there are fewer GPUs)",
+    )
+    parser.add_argument(
+        "--ep",
+        type=whole(1, most=4096),
+        default=None,
+        help="ranks that share a layer's experts (default: 64, or fewer)",
+    )
+    parser.add_argument(
+        "--ep-nodes", type=whole(1, most=512), default=None, help="nodes of an expert-parallel group (default: ep / 8)"
+    )
     parser.add_argument("--dp-replicate", type=whole(1), default=1, help="copies of all weights (default: 1)")
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=1, help="what data ranks share (default: 1)")
     parser.add_argument("--no-recompute", action="store_true", help="keep norms and up-projections for backward")
-    parser.add_argument("--schedule", default="DualPipeV", help="GPipe, 1F1B, interleaved, ZB1P, DualPipe or DualPipeV (default)")
+    parser.add_argument(
+        "--schedule", default="DualPipeV", help="GPipe, 1F1B, interleaved, ZB1P, DualPipe or DualPipeV (default)"
+    )
     parser.add_argument("--precision", choices=("fp8", "bf16"), default="fp8", help="of the products (default: fp8)")
     parser.add_argument("--batch", type=whole(1), default=None, help="sequences in a step (default: 15360, or near it)")
     parser.add_argument("--micro-batch", type=whole(1), default=1, help="sequences in a micro-batch (default: 1)")
-    parser.add_argument("--length", type=whole(1), default=None, help="tokens in a sequence (default: 4096, or the model's)")
+    parser.add_argument(
+        "--length", type=whole(1), default=None, help="tokens in a sequence (default: 4096, or the model's)"
+    )
     machine = parser.add_argument_group("the machine (default: the report's H800)")
     for name, help in RATES.items():
         machine.add_argument(f"--{name}", type=number(0), default=None, metavar="N", help=help)
@@ -59,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
     common = dict(schedule=args.schedule, precision=args.precision, micro_batch=args.micro_batch, length=length)
     if args.scaling:
         found = scaling.scaling_table(cfg, machine, **common)
-        print(json.dumps([dataclasses.asdict(row) for row in found], indent=2) if args.json else table.scaling_text(found, machine))
+        print(
+            json.dumps([dataclasses.asdict(row) for row in found], indent=2)
+            if args.json
+            else table.scaling_text(found, machine)
+        )
     elif args.sweep:
         rows = sweep.sweep(cfg, args.gpus, machine, batch=args.batch, **common)
         print(json.dumps([row.to_dict() for row in rows], indent=2) if args.json else table.sweep_text(rows, machine))

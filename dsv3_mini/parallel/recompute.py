@@ -87,7 +87,9 @@ class MadeAgain:
         made_by = saved.grad_fn
         while made_by is not None and made_by.name() in ("ViewBackward0", "UnsafeViewBackward0"):
             made_by = made_by.next_functions[0][0]
-        return made_by is not None and made_by.name() == "ToCopyBackward0" and made_by.next_functions[0][0] is self.maker
+        return (
+            made_by is not None and made_by.name() == "ToCopyBackward0" and made_by.next_functions[0][0] is self.maker
+        )
 
 
 def recompute(model: nn.Module) -> None:

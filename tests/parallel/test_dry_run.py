@@ -46,7 +46,9 @@ def told(exchanges: Any) -> Told:
 
 
 def save(path: Path, counts: Told) -> None:
-    path.write_text(json.dumps([[kind, list(ranks), size, shares, n] for (kind, ranks, size, shares), n in counts.items()]))
+    path.write_text(
+        json.dumps([[kind, list(ranks), size, shares, n] for (kind, ranks, size, shares), n in counts.items()])
+    )
 
 
 def read(path: Path) -> Told:
@@ -74,7 +76,9 @@ def one_rank(rank: int, folder: Path) -> None:
         for part in range(PARTS):
             run.backward(run.forward(last=part == PARTS - 1))
         run.update()
-    assert all((weight - before[name]).abs().max() > 0 for name, weight in run.optimizer.masters.items() if weight.ndim > 1)
+    assert all(
+        (weight - before[name]).abs().max() > 0 for name, weight in run.optimizer.masters.items() if weight.ndim > 1
+    )
     save(folder / f"stage-{rank}.json", told(counter.seen))
     dist.barrier()
 
@@ -121,7 +125,10 @@ def test_parameters_over_all_ranks_are_the_ledgers(schedule: str, plan: dict[str
     ledger = count_parameters(cfg).live_trainable
     extra = count_parameters(cfg).embedding.total
     assert run.parameters == run.expected_parameters
-    assert run.parameters == {"1F1B": ledger + extra * (layout.pp > 1), "DualPipeV": ledger, "DualPipe": 2 * (ledger + extra)}[schedule]
+    assert (
+        run.parameters
+        == {"1F1B": ledger + extra * (layout.pp > 1), "DualPipeV": ledger, "DualPipe": 2 * (ledger + extra)}[schedule]
+    )
     # Rank 0 of each stage was run: what it held is what the layout says, and no other rank of the stage holds more.
     for measure in run.stages.values():
         assert measure.state["own weights, FP32"] >= 4 * measure.own
@@ -166,7 +173,9 @@ def test_products_are_the_ledgers() -> None:
     counted_parameters = count_parameters(cfg)
     linear = 2 * length * (counted_parameters.multiplied - counted_parameters.head.multiplied)
     # A causal kernel computes half of the pairs, and values are padded to the width of keys.
-    core = 2 * cfg.num_hidden_layers * cfg.num_attention_heads * 2 * max(cfg.qk_head_dim, cfg.v_head_dim) * length**2 // 2
+    core = (
+        2 * cfg.num_hidden_layers * cfg.num_attention_heads * 2 * max(cfg.qk_head_dim, cfg.v_head_dim) * length**2 // 2
+    )
     assert counted == linear + core
     eight = measure_stage(cfg, ParallelPlan(dp_shard=4, ep=4, ep_nodes=2, zero=1), 0, 0, 1, 1, length, 2, "fp8")
     count = Counter()

@@ -26,7 +26,20 @@ NANO = ModelConfig.preset("nano", vocab_size=512)
 
 def test_671b_on_2048_gpus_within_two_minutes_and_six_gigabytes() -> None:
     """Seconds of one core, which others on the machine do not stretch."""
-    command = [sys.executable, "-m", "dsv3_mini.cli", "dry-run", "--preset", "671b", "--gpus", "2048", "--pp", "16", "--ep", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "dsv3_mini.cli",
+        "dry-run",
+        "--preset",
+        "671b",
+        "--gpus",
+        "2048",
+        "--pp",
+        "16",
+        "--ep",
+        "64",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, text=True).stdout)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -122,7 +135,22 @@ def test_a_mistake_is_one_line_that_names_the_rule(words: list[str], rule: str, 
 
 
 def test_what_is_printed_says_who_is_fullest_and_why(capsys: Any) -> None:
-    words = ["--preset", "nano", "--gpus", "8", "--pp", "2", "--ep", "4", "--schedule", "1F1B", "--length", "64", "--batch", "16"]
+    words = [
+        "--preset",
+        "nano",
+        "--gpus",
+        "8",
+        "--pp",
+        "2",
+        "--ep",
+        "4",
+        "--schedule",
+        "1F1B",
+        "--length",
+        "64",
+        "--batch",
+        "16",
+    ]
     assert main(["dry-run", *words]) == 0
     said = capsys.readouterr().out
     assert "is the fullest and fits, with" in said and "equal to the ledger's" in said

@@ -67,7 +67,11 @@ class Exchange:
         """What of it leaves this rank over each wire, where ranks are numbered node by node, `node` of them on each."""
         here = [rank // node == self.me // node for rank in self.ranks]
         if self.shares is not None:
-            away = [(near, share) for rank, near, share in zip(self.ranks, here, self.shares, strict=True) if rank != self.me]
+            away = [
+                (near, share)
+                for rank, near, share in zip(self.ranks, here, self.shares, strict=True)
+                if rank != self.me
+            ]
             return Wires(sum(s for near, s in away if near), sum(s for near, s in away if not near))
         count, local = len(self.ranks), sum(here)
         nodes = len({rank // node for rank in self.ranks})

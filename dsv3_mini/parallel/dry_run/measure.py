@@ -102,7 +102,9 @@ def measure_stage(
         names, exchanges, kind = Parts(), ExchangeCounter(), [""]
         work = WorkCounter(lambda: names.now)
         memory = MemoryCounter(lambda: kind[0] or names.now)
-        run = StageRun(cfg, plan, stage, stages, rows, length, parts, precision, Fp8Recipe(backend=PaperGemm(work)), lends)
+        run = StageRun(
+            cfg, plan, stage, stages, rows, length, parts, precision, Fp8Recipe(backend=PaperGemm(work)), lends
+        )
         names.mark(run.stage)
         with on_paper(exchanges, memory, work), memory.watching_sizes():
             run.start_optimizer()
@@ -168,5 +170,3 @@ def _size(piece: tuple[slice, ...]) -> int:
     for part in piece:
         size *= part.stop - part.start
     return size
-
-

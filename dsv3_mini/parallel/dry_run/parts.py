@@ -55,7 +55,7 @@ class Parts:
         if node is not None and not self._running:
             place = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
             # Beyond all that forward made stand the nodes that add gradients up: theirs is the part that came before.
-            return self._made_by[place] if 0 <= place else OUTSIDE
+            return self._made_by[place] if place >= 0 else OUTSIDE
         return self._running[-1] if self._running else OUTSIDE
 
     def _begin(self, part: str) -> Callable[..., None]:

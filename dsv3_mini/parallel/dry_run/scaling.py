@@ -61,8 +61,20 @@ def scaling_table(
         wires = step_wires(run, rank, machine.node)
         inside, network = (sum(getattr(w, name) for w in wires.values()) for name in ("inside", "network"))
         rows.append(
-            ScalingRow(gpus, plan.pp, plan.ep, batch, job.microbatches, run.fullest.peak, inside, network, estimate.seconds,
-                       estimate.mfu, estimate.bubble, limit_of(estimate))  # fmt: skip
+            ScalingRow(
+                gpus,
+                plan.pp,
+                plan.ep,
+                batch,
+                job.microbatches,
+                run.fullest.peak,
+                inside,
+                network,
+                estimate.seconds,
+                estimate.mfu,
+                estimate.bubble,
+                limit_of(estimate),
+            )  # fmt: skip
         )
     return rows
 
@@ -82,12 +94,12 @@ def limit_of(estimate: Estimate) -> str:
     run, machine = estimate.run, estimate.machine
     if not fits(run, machine):
         rank = run.fullest
-        largest = max(("state", sum(rank.state.values())), ("activations", sum(rank.activations.values())), key=lambda x: x[1])
+        largest = max(
+            ("state", sum(rank.state.values())), ("activations", sum(rank.activations.values())), key=lambda x: x[1]
+        )
         return f"memory: {largest[0]} take {largest[1] / 1e9:.0f} GB"
     if run.job.batch > 2 * REPORT_BATCH:
         return f"batch: {run.job.batch / REPORT_BATCH:.0f} times the report's, to fill the pipeline"
     if estimate.bubble > 0.25:
         return f"pipeline: {estimate.bubble:.0%} of the time is bubble"
-    middle = estimate.stages[len(estimate.stages) // 2].costs
-    del middle
     return "none"

@@ -41,7 +41,12 @@ from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-MTP, BALANCE, GAMMA, CLIP = 0.3, 1e-4, 1e-3, 1.0  # the report's lambda, alpha, gamma and clip norm: no size hangs on them
+MTP, BALANCE, GAMMA, CLIP = (
+    0.3,
+    1e-4,
+    1e-3,
+    1.0,
+)  # the report's lambda, alpha, gamma and clip norm: no size hangs on them
 
 
 class FP8ParallelExperts(ParallelExperts, FP8GroupedExperts):
@@ -122,12 +127,12 @@ class StageRun:
         layers = split_layers(cfg, stages)[stage]
         self.first, self.last = stage == 0, stage == stages - 1
         self.dtype = DTYPES[precision]
-        self.stage, self.start = build_stage(
-            cfg, self.team, layers, self.first, self.last, precision, recipe, lends
-        )
+        self.stage, self.start = build_stage(cfg, self.team, layers, self.first, self.last, precision, recipe, lends)
         if real:
             materialise(self.stage)
-            self.start = {name: weight.detach().float() for name, weight in self.stage.named_parameters()} if self.start else {}
+            self.start = (
+                {name: weight.detach().float() for name, weight in self.stage.named_parameters()} if self.start else {}
+            )
         embedding = vars(self.stage).get("embed_tokens")
         self.borrowed = None if embedding is None else embedding.weight
         self.moments = torch.bfloat16 if precision == "fp8" else torch.float32

@@ -54,11 +54,15 @@ class Job:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} = {value!r} must be a whole number of at least 1")
         if self.plan.tp > 1:
-            raise ConfigError(f"tp = {self.plan.tp} is for inference: a dry run trains with pp, dp_replicate, dp_shard and ep")
+            raise ConfigError(
+                f"tp = {self.plan.tp} is for inference: a dry run trains with pp, dp_replicate, dp_shard and ep"
+            )
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule = {self.schedule!r} is not known here: choose one of {', '.join(SCHEDULES)}")
         if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision = {self.precision!r} is not known here: choose one of {', '.join(PRECISIONS)}")
+            raise ConfigError(
+                f"precision = {self.precision!r} is not known here: choose one of {', '.join(PRECISIONS)}"
+            )
         if self.length > self.cfg.max_position_embeddings:
             raise ConfigError(
                 f"length = {self.length} is more than max_position_embeddings ({self.cfg.max_position_embeddings}): "

@@ -62,7 +62,9 @@ def why(run: DryRun, machine: Machine) -> str:
     full = run.fullest
     state, held = sum(full.state.values()), sum(full.activations.values())
     room = machine.memory - machine.reserve - full.peak
-    verdict = f"fits, with {room / GB:.1f} GB to spare" if room >= 0 else f"does not fit: {-room / GB:.1f} GB are missing"
+    verdict = (
+        f"fits, with {room / GB:.1f} GB to spare" if room >= 0 else f"does not fit: {-room / GB:.1f} GB are missing"
+    )
     kind, most = max(full.activations.items(), key=lambda item: item[1], default=("none", 0))
     return (
         f"Rank {full.rank} is the fullest and {verdict} ({machine.memory / GB:.0f} GB, of which {machine.reserve / GB:.0f} are "
@@ -81,7 +83,9 @@ def scaling_text(rows: Sequence[ScalingRow], machine: Machine) -> str:
         else:
             start += f"{'-':>10}{'-':>8}{'-':>8}{'-':>6}{'-':>7}"
         lines.append(f"{start}  {r.limit}")
-    lines.append(f"GB: of the fullest GPU, of {machine.memory / GB:.0f}. TB: what it sends in a step. MFU: a bound, passes fused.")
+    lines.append(
+        f"GB: of the fullest GPU, of {machine.memory / GB:.0f}. TB: what it sends in a step. MFU: a bound, passes fused."
+    )
     return "\n".join(lines)
 
 
@@ -105,7 +109,10 @@ def _parameters(run: DryRun) -> str:
 
 def _memory(run: DryRun, machine: Machine) -> str:
     full = run.fullest
-    lines = ["Memory, GB a GPU at its fullest moment", f"{'rank':>6}  {'stages':<10}{'state':>8}{'held':>8}{'pass':>8}{'peak':>8}"]
+    lines = [
+        "Memory, GB a GPU at its fullest moment",
+        f"{'rank':>6}  {'stages':<10}{'state':>8}{'held':>8}{'pass':>8}{'peak':>8}",
+    ]
     for rank in run.ranks:
         lines.append(
             f"{rank.rank:>6}  {','.join(map(str, rank.stages)):<10}{sum(rank.state.values()) / GB:>8.1f}"
@@ -117,7 +124,9 @@ def _memory(run: DryRun, machine: Machine) -> str:
 
 
 def _work(run: DryRun, full: RankMemory) -> str:
-    lines = [f"Work of rank {full.rank}'s stages for a micro-batch, TFLOP of products and GB of passes, forward and backward"]
+    lines = [
+        f"Work of rank {full.rank}'s stages for a micro-batch, TFLOP of products and GB of passes, forward and backward"
+    ]
     for stage in full.stages:
         for name in ("forward", "backward"):
             works = getattr(run.stages[stage], name).work

@@ -32,7 +32,9 @@ class Work:
     pass_bytes: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.product_bytes + other.product_bytes, self.pass_bytes + other.pass_bytes)
+        return Work(
+            self.flops + other.flops, self.product_bytes + other.product_bytes, self.pass_bytes + other.pass_bytes
+        )
 
     @property
     def total(self) -> int:
