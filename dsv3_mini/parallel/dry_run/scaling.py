@@ -102,6 +102,4 @@ def limit_of(estimate: Estimate) -> str:
         return f"batch: {run.job.batch / REPORT_BATCH:.0f} times the report's, to fill the pipeline"
     if estimate.bubble > 0.25:
         return f"pipeline: {estimate.bubble:.0%} of the time is bubble"
-    middle = estimate.stages[len(estimate.stages) // 2].costs
-    del middle
     return "none"
