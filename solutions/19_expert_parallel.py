@@ -99,9 +99,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dsv3_mini.course.checks import lesson_19 as check
-from dsv3_mini.course.lesson import same, show_source
 from dsv3_mini.course.exchanges import Deadlock
 from dsv3_mini.course.exchanges import all_to_all as exchange
+from dsv3_mini.course.lesson import same, show_source
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 1 · All to all

@@ -567,7 +567,7 @@ assert growth[0] > 1.5 and growth[1] < 1.2 and costs_of(1.5).both < 1.05 * costs
 # ## Torch has them, too
 #
 # You need not write your own: torch has schedules, DualPipeV among them though not the two-directional DualPipe, and runs
-# them on real ranks. `dsv3_mini.parallel.pipeline` cuts the model into stages for them; its tests let two and four
+# them on real ranks. `dsv3_mini.parallel.stages` cuts the model into stages for them; its tests let two and four
 # processes take the steps of one. The package also reads them into its own form, so that all questions can be asked of
 # them as well. Four of them are ours to the slot.
 

@@ -29,7 +29,7 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.parallel.checkpoint import load_pieces
-from dsv3_mini.parallel.layout import Layout, layouts
+from dsv3_mini.parallel.layout import Layout, layouts, on_cpu
 from dsv3_mini.parallel.mesh import Mesh
 from dsv3_mini.parallel.pipeline import Pipeline, choose_microbatches, stage_ranks
 from dsv3_mini.parallel.plan import ParallelPlan
@@ -72,7 +72,7 @@ class PipelineTeam(Team):
             ends = DeviceMesh(device, ranks[[first, last]], mesh_dim_names=("end", "dp_replicate", "dp_shard"))
             if ends.get_coordinate() is not None:
                 one = where[EMBEDDING]
-                where[EMBEDDING] = Layout(one.shape, ends, (Replicate(), *one.placements))
+                where[EMBEDDING] = Layout(one.shape, on_cpu(ends), (Replicate(), *one.placements))
         return cls(rank=dist.get_rank(), count=plan.processes, mesh=mesh, layouts=where, held=held, ends=ends)
 
     @property
