@@ -175,7 +175,7 @@ def short_model(world: World) -> None:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 # commands and flags
-case("no command", [], "a COMMAND is missing", "train, sample, eval, ledger, convert, dry-run, grade, bench, doctor")
+case("no command", [], "a COMMAND is missing", "train, sample, convert, eval, ledger, dry-run, grade, bench, doctor")
 case("unknown command", ["trian"], "invalid choice: 'trian'", "'train'")
 case("unknown flag", [*RUN, "run", "--micro-btch", "4"], "--micro-btch", "did you mean --micro-batch?", given=run())
 case("a word too many", ["ledger", "671b"], "671b is not known here", "dsv3 ledger --help")
