@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3_mini.data.long_stories import LongStory, haystack
+from dsv3_mini.data.long_stories import LongStory, haystack, plot_of
 from dsv3_mini.data.stories import HELD_OUT_SEED, Story, generate_story
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
@@ -58,25 +58,28 @@ class Asked:
 def hidden_in_hay(story: Story, length: int, depth: float, tokenizer: Tokenizer) -> LongStory:
     """The story in as much haystack as `length` tokens hold, with the end of document in front, question and answer.
 
-    The first sentences of the haystack are the same at every length, and all of them at every depth.
+    The haystack's first sentences are the same at every length, and it is the same at every depth but for a sentence or two.
 
     Raises:
         DataError: depth is not in [0, 1], or the story alone is longer.
     """
     if not 0 <= depth <= 1:
         raise DataError(f"depth = {depth} must be from 0 (the needle comes first) to 1 (the question follows at once)")
-    room = length - len(asked(LongStory(story, "", ""), tokenizer).tokens)
-    if room < 0:
-        raise DataError(f"length = {length} is {-room} tokens too short for the story alone: give more")
-    hay, sentences = haystack(random.Random(f"needle-{story.text}"), story), []
-    while True:
-        sentence = next(hay)
-        # A sentence is as long wherever it stands: no token of the vocabulary joins a full stop and a space.
+    if len(asked(LongStory(story, "", ""), tokenizer).tokens) > length:
+        raise DataError(f"length = {length} is too short for the story alone: give more")
+    room = length - len(tokenizer.encode(plot_of(story)))
+    sentences: list[str] = []
+    for sentence in haystack(random.Random(f"needle-{story.text}"), story):
         room -= len(tokenizer.encode(" " + sentence))
         if room < 0:
-            place = round(depth * len(sentences))
-            return LongStory(story, " ".join(sentences[:place]), " ".join(sentences[place:]))
+            break
         sentences.append(sentence)
+    while True:  # tokens at the seams depend on what stands there
+        place = round(depth * len(sentences))
+        text = LongStory(story, " ".join(sentences[:place]), " ".join(sentences[place:]))
+        if len(asked(text, tokenizer).tokens) <= length:
+            return text
+        sentences.pop()
 
 
 def asked(text: LongStory, tokenizer: Tokenizer) -> Asked:

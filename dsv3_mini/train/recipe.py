@@ -201,22 +201,24 @@ def deepseek_v3_phase(context: int, batch_size: int) -> Recipe:
 
 
 def tiny_4x() -> Recipe:
-    """The first phase for `tiny`: from rows of 208 tokens to rows of 832, on three million tokens.
+    """The first phase for `tiny`: from rows of 208 tokens to rows of 832, on two million tokens.
 
-    The report's rate here is the last one of pre-training, over 63 billion tokens. Three million leave no time for that: the
+    The report's rate here is the last one of pre-training, over 63 billion tokens. Two million leave no time for that: the
     rate begins well above the one that pre-training ended with, and comes down to it. Short texts stay in the mixture, so
     that what the model could do at the old length is not lost. MTP rests.
     """
     million = 1e6
     return Recipe(
-        total_tokens=3_000_000,
+        total_tokens=2_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.06 * million, 0.0, 1e-3),
                 Piece(1.0 * million, 1e-3, 1e-3),
-                Piece(2.8 * million, 1e-3, 4e-5, "cosine"),
-                Piece(3.0 * million, 4e-5, 4e-5),
+                Piece(1.25 * million, 1e-3, 9.55e-4),
+                Piece(1.5 * million, 9.55e-4, 8.28e-4),
+                Piece(1.88 * million, 8.28e-4, 4e-5, "cosine"),
+                Piece(2.0 * million, 4e-5, 4e-5),
             ),
         ),
         batch_size=Schedule("batch_size", (Piece(1.5 * million, 2, 4),)),
