@@ -1,4 +1,4 @@
-"""What ships as data/tiny is what its papers say: its size, its log, its scores measured anew on a part of the questions."""
+"""What ships as data/tiny and data/tiny-4x is what its papers say: size, log, and scores measured anew on a part."""
 
 import json
 
@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from dsv3_mini import ModelConfig, from_pretrained
+from dsv3_mini.course.long_context import recorded, ways
 from dsv3_mini.data.shipped import shipped
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.evaluate.judged import judge_model
+from dsv3_mini.evaluate.needle import needle_grid, needles
 from dsv3_mini.inference.generate import TEMPERATURE, TOP_P
+from dsv3_mini.train.extend import extended_config
 from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.trainer import recipe_record
 
@@ -90,3 +93,31 @@ def test_the_first_well_formed_sentence_came_within_five_minutes(log: list[dict]
         elif line["judged"]["sentences_well_formed"] > 0:
             break
     assert seconds <= 5 * 60
+
+
+# ---- the longer context ------------------------------------------------------------------------------------------------
+
+LONGER = shipped("tiny-4x")
+
+
+def test_the_extended_model_is_tiny_stretched_by_its_recipe() -> None:
+    assert ModelConfig.from_hf(LONGER) == extended_config(ModelConfig.preset("tiny"), context=832, trained=208)
+    assert json.loads((LONGER / "recipe.json").read_text()) == json.loads(
+        json.dumps(recipe_record(Recipe.preset("tiny-4x")))
+    )
+    files = [file for file in LONGER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 9e6
+    assert {file.suffix for file in files} <= {".json", ".jsonl", ".safetensors", ".png", ".tiktoken"}
+
+
+def test_needles_are_recorded_as_the_models_answer_them() -> None:
+    """Every recorded count that a few stories can contradict: a model that finds all or none is asked 8 times again."""
+    record = recorded()
+    tokenizer, tiny, longer = Tokenizer.shipped(), from_pretrained(TINY, mtp=False), from_pretrained(LONGER)
+    stories = needles(tiny, tokenizer, 8, longest=104)
+    for name, (model, read) in ways(tiny.eval(), longer.eval()).items():
+        grid = record["needles"][name]
+        for length, depth in ((208, 1.0), (416, 0.0)):
+            share, again = grid.share(length, depth), needle_grid(model, tokenizer, stories, [length], [depth], read)
+            # The first 8 of the recorded stories are these 8; of the others nothing is known.
+            assert share * grid.asked - (grid.asked - 8) <= again.right[0][0] <= share * grid.asked, (name, length)

@@ -28,7 +28,12 @@ def add_config(parser: argparse.ArgumentParser, default: str) -> None:
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
     cfg = ModelConfig.from_hf(args.config) if args.config else ModelConfig.preset(args.preset)
-    return cfg.replace(**dict(_assignment(text) for text in args.set))
+    return cfg.replace(**read_changes(args))
+
+
+def read_changes(args: argparse.Namespace) -> dict[str, object]:
+    """What --set says."""
+    return dict(_assignment(text) for text in args.set)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +48,7 @@ def read_model(args: argparse.Namespace, mtp: bool = False) -> tuple[DeepSeekV3,
 
     Without `mtp` the MTP modules are left out, and need not be there: folders that transformers wrote have none.
     """
-    folder = shipped("tiny") if args.model is None else Path(args.model)
-    if (folder / "recipe.json").exists() and not any(folder.glob("*.safetensors")):
-        if not (folder / "model").is_dir():
-            raise CheckpointError(f"{folder} is a run that has not ended: finish it with `dsv3 train --out {folder}`")
-        folder = folder / "model"
+    folder = shipped("tiny") if args.model is None else model_folder(args.model)
     own = folder / TOKENIZER_FILE
     tokenizer = Tokenizer.load(own) if own.exists() else Tokenizer.shipped()
     model = from_pretrained(folder, mtp=mtp).eval()
@@ -57,6 +58,20 @@ def read_model(args: argparse.Namespace, mtp: bool = False) -> tuple[DeepSeekV3,
             f"put the model's own {TOKENIZER_FILE} into its folder"
         )
     return model, tokenizer
+
+
+def model_folder(name: str) -> Path:
+    """A model's folder, or a finished run's, which holds one.
+
+    Raises:
+        CheckpointError: a run that has not ended.
+    """
+    folder = Path(name)
+    if (folder / "recipe.json").exists() and not any(folder.glob("*.safetensors")):
+        if not (folder / "model").is_dir():
+            raise CheckpointError(f"{folder} is a run that has not ended: finish it with `dsv3 train --out {folder}`")
+        return folder / "model"
+    return folder
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:

@@ -1,9 +1,10 @@
-"""dsv3 train: train a model from the beginning, or go on with a run that was stopped."""
+"""dsv3 train: train a model from the beginning, go on with a run that was stopped, or extend a trained model's context."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -18,23 +19,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, number, read_config, whole
+from dsv3_mini.commands.flags import TOKENIZER_FILE, add_config, model_folder, number, read_changes, read_config, whole
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data.stream import TokenStream
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.evaluate.observer import Validation
-from dsv3_mini.hub import save_pretrained
+from dsv3_mini.hub import from_pretrained, save_pretrained
 from dsv3_mini.ledger import count_parameters
 from dsv3_mini.machine import memory
 from dsv3_mini.parallel.launch import joined, own_device
 from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.train.allocator import keep_freed_memory
 from dsv3_mini.train.display import Display
+from dsv3_mini.train.extend import extended_config, with_config
+from dsv3_mini.train.recipe import EXTENSIONS, Recipe
 from dsv3_mini.train.recipe import PRESETS as RECIPES
-from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.replicas import Replicas
 from dsv3_mini.train.run_log import read_log
+from dsv3_mini.train.schedules import constant
 from dsv3_mini.train.trainer import Trainer
 from dsv3_mini.viz.figures.training import training_figure
 
@@ -43,7 +46,9 @@ STATE_BYTES = 20  # of each parameter, in FP32: weight, gradient, two moments, m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, default="tiny")
-    parser.add_argument("--recipe", choices=list(RECIPES), help="how to train (default: the preset's own, else tiny's)")
+    parser.add_argument(
+        "--recipe", choices=[*RECIPES, *EXTENSIONS], help="how to train (default: the preset's own, else tiny's)"
+    )
     parser.add_argument(
         "--out", metavar="FOLDER", help="the run's folder, resumed if it holds one (default: runs/PRESET)"
     )
@@ -73,8 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout",
         metavar="NAME=NUMBER,...",
         help="what the processes share: pp, schedule, dp_shard, dp_replicate, ep, ep_nodes, zero; recompute; "
-        "dispatch=plain, fp8 or deep_ep "
-        "(default: each has all)",
+        "dispatch=plain, fp8 or deep_ep (default: each has all)",
     )
     parser.add_argument(
         "--restarts",
@@ -89,11 +93,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--judge", type=whole(0), default=16, help="samples to judge at each evaluation (default: 16)")
+    parser.add_argument(
+        "--extend",
+        metavar="FOLDER",
+        help="start from this trained model or run, stretched by YaRN to the recipe's context (default recipe: tiny-4x)",
+    )
+    parser.add_argument(
+        "--context", type=whole(2), metavar="N", help="with --extend: tokens a row, instead of the recipe's"
+    )
+    parser.add_argument(
+        "--trained-context",
+        type=whole(1),
+        metavar="N",
+        help="with --extend: tokens a row in the model's first training (default: what its folder says)",
+    )
     parser.add_argument("--minutes", type=number(0.01), help="stop and save after so long; run again to go on")
 
 
 def run(args: argparse.Namespace) -> int:
-    cfg, recipe = read_config(args), read_recipe(args)
+    recipe = read_recipe(args)
+    cfg = read_config(args) if args.extend is None else read_extended(args, recipe)
     args.device = own_device(args.device)
     require_device(args.device)
     require_memory(cfg, args.device)
@@ -169,8 +188,9 @@ def train(
     args: argparse.Namespace, cfg: ModelConfig, recipe: Recipe, replicas: Replicas, stopped: Callable[[], bool]
 ) -> int:
     tokenizer = Tokenizer.shipped() if args.tokenizer is None else Tokenizer.load(args.tokenizer)
-    if args.config and args.out is None:
-        raise ConfigError("--out is missing: a run of --config has no name of its own, give its folder")
+    if (args.config or args.extend) and args.out is None:
+        flag = "--config" if args.config else "--extend"
+        raise ConfigError(f"--out is missing: a run of {flag} has no name of its own, give its folder")
     folder = Path(f"runs/{args.preset}" if args.out is None else args.out)
 
     def open_stream(context: int) -> TokenStream:
@@ -183,14 +203,15 @@ def train(
             allow_network=args.allow_network,
         )
 
-    trainer = Trainer(folder, cfg, recipe, tokenizer, open_stream, args.device, replicas)
-    model_folder = folder / "model"
+    start = None
+    if args.extend is not None:
+        start = with_config(from_pretrained(model_folder(args.extend), mtp=cfg.num_nextn_predict_layers > 0), cfg)
+    trainer = Trainer(folder, cfg, recipe, tokenizer, open_stream, args.device, replicas, start)
+    trained = folder / "model"
     # The tokenizer is written last: with it the model is whole.
-    if trainer.tokens >= recipe.total_tokens and (model_folder / TOKENIZER_FILE).exists():
+    if trainer.tokens >= recipe.total_tokens and (trained / TOKENIZER_FILE).exists():
         if replicas.first:
-            print(
-                f"{folder} has ended ({trainer.tokens:,} tokens): its model is {model_folder}; another --out starts anew"
-            )
+            print(f"{folder} has ended ({trainer.tokens:,} tokens): its model is {trained}; another --out starts anew")
         return 0
     if not replicas.first:
         if trainer.run(should_stop=stopped):
@@ -211,10 +232,10 @@ def train(
         return 0
     # An FP8 run ends as the released model is stored.
     stored = torch.float8_e4m3fn if recipe.precision == "fp8" else torch.bfloat16
-    save_pretrained(trainer.averaged_model(), model_folder, stored, overwrite=model_folder.exists())
-    tokenizer.save(model_folder / TOKENIZER_FILE)
+    save_pretrained(trainer.averaged_model(), trained, stored, overwrite=trained.exists())
+    tokenizer.save(trained / TOKENIZER_FILE)
     draw_log(folder)
-    print(f"trained: {model_folder}; try `dsv3 sample --model {folder}` and `dsv3 eval --model {folder}`")
+    print(f"trained: {trained}; try `dsv3 sample --model {folder}` and `dsv3 eval --model {folder}`")
     return 0
 
 
@@ -224,15 +245,44 @@ def draw_log(folder: Path) -> None:
 
 
 def read_recipe(args: argparse.Namespace) -> Recipe:
-    name = args.recipe or (args.preset if args.preset in RECIPES else "tiny")
+    for flag, value in (("--context", args.context), ("--trained-context", args.trained_context)):
+        if value is not None and args.extend is None:
+            raise ConfigError(f"{flag} {value} goes with --extend FOLDER alone: a new model's context is its recipe's")
+    own = args.preset if args.preset in RECIPES else "tiny"
+    name = args.recipe or (own if args.extend is None else "tiny-4x")
     changes = {
         "total_tokens": args.tokens,
         "precision": args.precision,
         "micro_batch": args.micro_batch,
         "seed": args.seed,
         "mixture": None if args.mixture is None else parse_mixture(args.mixture),
+        "context": None if args.context is None else constant("context", args.context),
     }
     return Recipe.preset(name, **{key: value for key, value in changes.items() if value is not None})
+
+
+def read_extended(args: argparse.Namespace, recipe: Recipe) -> ModelConfig:
+    """The config of --extend's model, stretched to the longest rows of the recipe; with the changes of --set."""
+    folder = model_folder(args.extend)
+    context = round(max(value for piece in recipe.context.pieces for value in (piece.start, piece.end)))
+    cfg = ModelConfig.from_hf(folder)
+    trained = args.trained_context or (None if cfg.rope_scaling else trained_context(Path(args.extend)))
+    if trained is None and cfg.rope_scaling is None:
+        raise ConfigError(
+            f"--trained-context is missing: {args.extend} has no recipe.json that says how long its rows were"
+        )
+    return extended_config(cfg, context, trained).replace(**read_changes(args))
+
+
+def trained_context(folder: Path) -> int | None:
+    """The length of the rows that a run ended with, by its recipe.json; None where there is none."""
+    file = folder / "recipe.json"
+    if not file.exists():
+        return None
+    try:
+        return round(json.loads(file.read_text(encoding="utf-8"))["context"][-1][2])
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        raise ConfigError(f"{file} does not say how long the rows were: give --trained-context") from None
 
 
 def parse_mixture(text: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Corpora: everything a model reads, as a Hugging Face dataset with the columns `text` and `domain`.
 
     stories, sums      made by this project's grammars, as many as are asked for
+    long_stories:N     stories drawn out by up to N sentences that change nothing (`long_stories.py`)
     code, prose        the standard library of the Python that runs, and its documentation
     a folder or file   .txt, .md and .py files; or .jsonl and .parquet
     hub:owner/name     streamed from the Hugging Face hub, and only where the network is explicitly allowed
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_mini.data import python_source
+from dsv3_mini.data.long_stories import LONG_TRAIN_SEED, long_story
 from dsv3_mini.data.stories import HELD_OUT_SEED, TRAIN_SEED, generate_story
 from dsv3_mini.data.sums import generate_sum, held_out_count, held_out_sum
 from dsv3_mini.errors import DataError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # importing it takes seconds, and generated text does not nee
     from datasets import Dataset, IterableDataset
 
 GENERATED = ("stories", "sums")
+LONG_STORIES = "long_stories"
 OWN_PYTHON = ("code", "prose")
 DOMAINS = GENERATED + OWN_PYTHON
 SPLITS = ("train", "held_out")
@@ -58,7 +61,7 @@ def load_corpus(
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r} is not known: choose train or held_out")
-    if source in GENERATED:
+    if is_generated(source):
         return _generated(source, split)
     if source in OWN_PYTHON:
         return _own_python(source, split)
@@ -79,8 +82,23 @@ def load_corpus(
         raise DataError(f"corpus {source!r} is not UTF-8: convert it") from None
 
 
+def is_generated(source: str) -> bool:
+    """Whether this project's grammars write it: stories, sums, or long_stories:N.
+
+    Raises:
+        DataError: long_stories without its number of sentences.
+    """
+    name, colon, _ = source.partition(":")
+    if name == LONG_STORIES:
+        _most_sentences(source)
+    return source in GENERATED or (name == LONG_STORIES and bool(colon))
+
+
 def generated_text(domain: str, split: str, index: int) -> str:
     """Document number `index` of a generated domain, made on the spot. Train has no end."""
+    if domain.startswith(LONG_STORIES):
+        seed = LONG_TRAIN_SEED if split == "train" else HELD_OUT_SEED
+        return long_story(seed, index, _most_sentences(domain)).text
     if domain == "stories":
         return generate_story(TRAIN_SEED if split == "train" else HELD_OUT_SEED, index).text
     return (generate_sum(TRAIN_SEED, index) if split == "train" else held_out_sum(index)).text
@@ -88,7 +106,16 @@ def generated_text(domain: str, split: str, index: int) -> str:
 
 def held_out_size(domain: str) -> int:
     """How many held-out documents a generated domain has."""
-    return HELD_OUT_STORIES if domain == "stories" else held_out_count()
+    return held_out_count() if domain == "sums" else HELD_OUT_STORIES
+
+
+def _most_sentences(source: str) -> int:
+    number = source.partition(":")[2]
+    if not number.isdecimal() or int(number) < 1:
+        raise DataError(
+            f"corpus {source!r} needs the most sentences that draw a story out, at least 1: give long_stories:100"
+        )
+    return int(number)
 
 
 # ---- domains of our own --------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ _PRONOUNS = {"he": ("she", "he"), "his": ("her", "his"), "He": ("She", "He")}
 _CROWDS = frozenset({"open_both", "go_both", "bond", "talk"})  # their subject is no single person
 
 
-def _render(rng: random.Random, kind: str, slots: dict[str, str], subject: str) -> str:
+def render(rng: random.Random, kind: str, slots: dict[str, str], subject: str) -> str:
     pieces = list(rng.choice(_BY_KIND[kind]))
     drawn: set[str] = set()
     for position in range(1, len(pieces), 2):
@@ -195,7 +195,7 @@ class Teller:
     # ---- telling
 
     def say(self, kind: str, **slots: str) -> None:
-        sentence = _render(self.rng, kind, slots, slots.get("a", ""))
+        sentence = render(self.rng, kind, slots, slots.get("a", ""))
         self.told.append(Told(sentence, kind, slots))
 
     def open(self, *arrivals: tuple[str, str]) -> None:
@@ -432,7 +432,7 @@ class Teller:
             recalls = list(_recalls(self.told[position - 1].slots))
             if recalls and self.chance(RECALLED):
                 kind, slots = self.rng.choice(recalls)
-                asides[position] = _render(self.rng, kind, slots, slots.get("a", ""))
+                asides[position] = render(self.rng, kind, slots, slots.get("a", ""))
         while pauses and len(self.told) + len(asides) < target:
             position = pauses.pop()
             if position not in asides:
@@ -450,7 +450,7 @@ class Teller:
         if subject is None and (kind == "feel_he" or before.latest is None):
             kind = "scene"
         slots = {"a": before.latest} if kind == "feel" else {}
-        return _render(self.rng, kind, slots, subject or "")
+        return render(self.rng, kind, slots, subject or "")
 
     def _echo(self) -> None:
         """Somebody says, sees or remembers a fact of the story: not the one that is asked for."""

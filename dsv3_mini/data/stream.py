@@ -30,7 +30,6 @@ from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
 
 MIXTURE = {"stories": 0.6, "sums": 0.2, "code": 0.1, "prose": 0.1}  # shares of the tokens
-WHOLE = frozenset({"stories", "sums"})  # told from beginning to end: no FIM
 SPLIT_RATE = 0.1  # of the tokens that join punctuation and line breaks; the report does not say its share
 STATE_FORMAT = 1
 
@@ -231,7 +230,7 @@ class TokenStream:
             name = max(self.mixture, key=lambda name: self.mixture[name] * total - position[name].tokens)
             text, cursor = self._sources[name].read(position[name].cursor)
             ids = self.tokenizer.split_joined(self.tokenizer.encode(text), self.split_rate, rng)
-            document = apply_fim(ids, self.tokenizer, 0 if name in WHOLE else self.fim_rate, rng)
+            document = apply_fim(ids, self.tokenizer, 0 if corpora.is_generated(name) else self.fim_rate, rng)
             documents.append(document)
             position[name] = Position(cursor, position[name].tokens + len(document))
             total += len(document)
@@ -343,14 +342,14 @@ class _Streamed:
 
 
 def _open(source: str, seed: str, text_column: str, allow_network: bool) -> Source:
-    if source in corpora.GENERATED:
+    if corpora.is_generated(source):
         return _Generated(source)
     dataset = corpora.load_corpus(source, "train", text_column=text_column, allow_network=allow_network)
     return _Streamed(dataset, source) if source.startswith("hub:") else _Indexed(dataset, seed)
 
 
 def _held_out_texts(domain: str, text_column: str, allow_network: bool) -> Iterator[str]:
-    if domain in corpora.GENERATED:
+    if corpora.is_generated(domain):
         size = corpora.held_out_size(domain)
         return (corpora.generated_text(domain, "held_out", i) for i in range(size))
     dataset = corpora.load_corpus(domain, "held_out", text_column=text_column, allow_network=allow_network)

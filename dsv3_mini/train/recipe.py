@@ -72,9 +72,10 @@ class Recipe:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Recipe:
         """A named recipe with any field changed. `total_tokens` stretches the preset's schedules to its length."""
-        if name not in PRESETS:
-            raise ConfigError(f"recipe {name!r} is not known: choose one of {', '.join(PRESETS)}")
-        return PRESETS[name]().replace(**changes)
+        known = PRESETS | EXTENSIONS
+        if name not in known:
+            raise ConfigError(f"recipe {name!r} is not known: choose one of {', '.join(known)}")
+        return known[name]().replace(**changes)
 
     def replace(self, **changes: Any) -> Recipe:
         names = [f.name for f in dataclasses.fields(self)]
@@ -177,8 +178,67 @@ def nano() -> Recipe:
     )
 
 
+PRESETS = {"deepseek-v3": deepseek_v3, "tiny": tiny, "nano": nano}
+
+
+# ---- context extension (report section 4.3): a training that starts from a trained model, stretched by YaRN --------------
+
+
+def deepseek_v3_phase(context: int, batch_size: int) -> Recipe:
+    """1,000 steps at the last learning rate of pre-training; the report gives context, batch size and rate."""
+    return Recipe(
+        total_tokens=1000 * context * batch_size,
+        learning_rate=constant("learning_rate", 7.3e-6),
+        batch_size=constant("batch_size", batch_size),
+        context=constant("context", context),
+        gamma=constant("gamma", 0.0),
+        mtp_lambda=constant("mtp_lambda", 0.1),
+        alpha=1e-4,
+        precision="bf16",
+        checkpoint_every=10**10,
+        evaluate_every=10**10,
+    )
+
+
+def tiny_4x() -> Recipe:
+    """The first phase for `tiny`: from rows of 208 tokens to rows of 832, on two million tokens.
+
+    The report's rate here is the last one of pre-training, over 63 billion tokens. Two million leave no time for that: the
+    rate begins well above the one that pre-training ended with, and comes down to it. Short texts stay in the mixture, so
+    that what the model could do at the old length is not lost. MTP rests.
+    """
+    million = 1e6
+    return Recipe(
+        total_tokens=2_000_000,
+        learning_rate=Schedule(
+            "learning_rate",
+            (
+                Piece(0.06 * million, 0.0, 1e-3),
+                Piece(1.0 * million, 1e-3, 1e-3),
+                Piece(1.25 * million, 1e-3, 9.55e-4),
+                Piece(1.5 * million, 9.55e-4, 8.28e-4),
+                Piece(1.88 * million, 8.28e-4, 4e-5, "cosine"),
+                Piece(2.0 * million, 4e-5, 4e-5),
+            ),
+        ),
+        batch_size=Schedule("batch_size", (Piece(1.5 * million, 2, 4),)),
+        context=constant("context", 832),
+        gamma=constant("gamma", 0.0),
+        mtp_lambda=constant("mtp_lambda", 0.0),
+        alpha=1e-3,
+        seed=1,
+        mixture={"stories": 0.38, "sums": 0.12, "code": 0.05, "prose": 0.05, "long_stories:105": 0.40},
+        log_every=10,
+        checkpoint_every=250_000,
+    )
+
+
+EXTENSIONS = {
+    "deepseek-v3-32k": lambda: deepseek_v3_phase(32_768, 1920),
+    "deepseek-v3-128k": lambda: deepseek_v3_phase(131_072, 480),
+    "tiny-4x": tiny_4x,
+}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-PRESETS = {"deepseek-v3": deepseek_v3, "tiny": tiny, "nano": nano}

@@ -83,6 +83,7 @@ class Trainer:
         open_stream: makes the stream of rows of a given length; `TokenStream` of the recipe's mixture by default.
         device: where to train.
         replicas: the processes that share each batch; by default this one is alone.
+        start: the weights and gate biases of a new run, in FP32; drawn at random by default. Adam's moments start at zero.
 
     Raises:
         ConfigError: tokenizer or context do not fit the model, or the folder holds another run. CheckpointError: a damaged checkpoint.
@@ -97,6 +98,7 @@ class Trainer:
         open_stream: Callable[[int], TokenStream] | None = None,
         device: str = "cpu",
         replicas: Replicas = ALONE,
+        start: DeepSeekV3 | None = None,
     ) -> None:
         if tokenizer.n_vocab > cfg.vocab_size:
             raise ConfigError(f"vocab_size = {cfg.vocab_size} is less than the tokenizer's {tokenizer.n_vocab} tokens")
@@ -118,15 +120,17 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         # Masters are taken from the FP32 initialisation, so that FP32 and BF16 runs start from the same weights.
         model = DeepSeekV3(cfg).to(device)
-        if recipe.head_from_embedding:
+        if start is not None:
+            model.load_state_dict(start.state_dict())
+        elif recipe.head_from_embedding:
             with torch.no_grad():
                 model.lm_head.weight.copy_(model.embed_tokens.weight)
         fp8 = recipe.precision == "fp8"
         # The twin's linears stay FP32 in `to`: they are their own masters, and what they multiply is rounded to FP8.
         dtype = DTYPES[recipe.precision]
-        self.model, start = replicas.divide(to_fp8(model) if fp8 else model, dtype, recipe.micro_batch)
+        self.model, masters = replicas.divide(to_fp8(model) if fp8 else model, dtype, recipe.micro_batch)
         moments = torch.bfloat16 if fp8 else torch.float32
-        self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, start, moments)
+        self.optimizer = MasterAdamW(self.model, recipe.betas, recipe.weight_decay, recipe.ema_decay, masters, moments)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stream = self._open_stream(round(recipe.context(0)))
         self.last_saved: Path | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsv3_mini.errors import ConfigError
-from dsv3_mini.train.recipe import PRESETS, Recipe
+from dsv3_mini.train.recipe import EXTENSIONS, PRESETS, Recipe
 from dsv3_mini.train.schedules import Schedule, constant
 from dsv3_mini.train.trainer import recipe_record
 
@@ -80,6 +80,26 @@ def test_every_preset_keeps_the_reports_shape(name: str) -> None:
     assert recipe.mtp_lambda(0.8 * end if name == "tiny" else 0) == 0.3 and recipe.mtp_lambda(end) == 0.1
     assert math.isclose(sum(recipe.mixture.values()), 1.0)
     json.dumps(recipe_record(recipe))
+
+
+@pytest.mark.parametrize("name, context, rows", [("deepseek-v3-32k", 32_768, 1920), ("deepseek-v3-128k", 131_072, 480)])
+def test_the_reports_two_phases(name: str, context: int, rows: int) -> None:
+    """Section 4.3: 1,000 steps each, as many tokens in a step, at pre-training's last rate."""
+    recipe = Recipe.preset(name)
+    assert recipe.total_tokens == 1000 * context * rows == 1000 * 62_914_560
+    for share in (0, 0.5, 1):
+        tokens = share * recipe.total_tokens
+        assert (recipe.context(tokens), recipe.batch_size(tokens)) == (context, rows)
+        assert recipe.learning_rate(tokens) == 7.3e-6 == Recipe.preset("deepseek-v3").learning_rate(14.8e12)
+        assert (recipe.gamma(tokens), recipe.mtp_lambda(tokens)) == (0, 0.1)
+
+
+def test_tiny_is_extended_four_times_and_ends_at_its_last_rate() -> None:
+    first, then = Recipe.preset("tiny"), Recipe.preset("tiny-4x")
+    assert then.context(0) == 4 * first.context(first.total_tokens)
+    assert then.learning_rate(0) == 0.0 and then.learning_rate(then.total_tokens) == first.learning_rate(13e6)
+    assert math.isclose(sum(then.mixture.values()), 1.0) and {"stories", "sums", "code", "prose"} < set(then.mixture)
+    assert set(EXTENSIONS).isdisjoint(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,0 +1,109 @@
+"""What lesson 17 measures: needles in a haystack for the tiny model as it was trained, stretched, and trained on.
+
+    python -m dsv3_mini.course.long_context            # measures all, and writes data/long_context/needles.json
+
+The heat maps of all lengths and depths take minutes; the lesson plays them back, and measures a corner of them anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv3_mini.data.shipped import shipped
+from dsv3_mini.data.stream import held_out_rows
+from dsv3_mini.data.tokenizer import Tokenizer
+from dsv3_mini.evaluate.bits_per_byte import losses_by_domain
+from dsv3_mini.evaluate.needle import NeedleGrid, Read, needle_grid, needles
+from dsv3_mini.files import write_text
+from dsv3_mini.hub import from_pretrained
+from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.model.rope import rotations
+from dsv3_mini.train.extend import with_config
+
+TRAINED = 208  # tokens a row in tiny's pre-training
+FACTOR = 4
+LENGTHS = (104, 208, 416, 832)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STORIES = 30
+DOMAINS = ("stories", "sums", "code", "prose")
+ROWS = 64  # held-out rows of TRAINED tokens a domain
+RECORDED = "long_context/needles.json"
+
+
+def ways(tiny: DeepSeekV3, extended: DeepSeekV3) -> dict[str, tuple[DeepSeekV3, Read | None]]:
+    """The four that are compared, each with how it reads: the name says what was done to its positions."""
+    unchecked = with_config(
+        tiny, tiny.cfg.replace(max_position_embeddings=FACTOR * TRAINED, num_nextn_predict_layers=0)
+    )
+    return {
+        "as trained": (unchecked, None),
+        "position interpolation": (unchecked, interpolated(unchecked, FACTOR)),
+        "YaRN, not trained": (with_config(tiny, extended.cfg), None),
+        "YaRN, trained": (extended, None),
+    }
+
+
+def interpolated(model: DeepSeekV3, factor: float) -> Read:
+    """The model told that its tokens stand `factor` times closer: no position is beyond those it was trained on."""
+
+    def read(tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
+        turn = rotations(model.cfg, torch.arange(tokens.shape[1], device=tokens.device) / factor)
+        x = model.embed_tokens(tokens)
+        for block in model.layers:
+            x, _ = block(x, turn)
+        return model.norm(x)
+
+    return read
+
+
+def old_length_losses(model: DeepSeekV3, tokenizer: Tokenizer) -> dict[str, float]:
+    """Nats per token on held-out rows as long as those of pre-training, by domain."""
+    rows = {domain: held_out_rows(domain, tokenizer, TRAINED, ROWS) for domain in DOMAINS}
+    return losses_by_domain(model, rows, tokenizer.pad_id)["validation_loss"]
+
+
+def record(
+    stories: int = STORIES, lengths: Sequence[int] = LENGTHS, depths: Sequence[float] = DEPTHS
+) -> dict[str, Any]:
+    """All measurements, as plain JSON."""
+    tokenizer = Tokenizer.shipped()
+    tiny, extended = (from_pretrained(shipped(name), mtp=False).eval() for name in ("tiny", "tiny-4x"))
+    asked = needles(tiny, tokenizer, stories, longest=min(lengths))
+    compared = ways(tiny, extended)
+    grids = {
+        name: asdict(needle_grid(model, tokenizer, asked, lengths, depths, read))
+        for name, (model, read) in compared.items()
+    }
+    losses = {
+        name: old_length_losses(model, tokenizer)
+        for name, (model, read) in {"as trained": (tiny, None), **compared}.items()
+        if read is None
+    }
+    return {"trained": TRAINED, "needles": grids, "old_length_loss": losses}
+
+
+def recorded() -> dict[str, Any]:
+    """What data/long_context holds, its grids as `NeedleGrid`."""
+    values = json.loads(shipped(RECORDED).read_text(encoding="utf-8"))
+    return values | {"needles": {name: NeedleGrid(**grid) for name, grid in values["needles"].items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Needles in a haystack, measured for lesson 17.")
+    parser.add_argument("--out", default="data/" + RECORDED, help=f"(default: data/{RECORDED})")
+    file = Path(parser.parse_args().out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(record(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

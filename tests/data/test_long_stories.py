@@ -1,0 +1,81 @@
+"""Long stories: the judge of stories reads them back, and the haystack never says what a question could mean."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from dsv3_mini.data.corpora import generated_text, is_generated, load_corpus
+from dsv3_mini.data.long_stories import PLACES, LongStory, long_story, plot_of, questions_of
+from dsv3_mini.data.stories import HELD_OUT_SEED, TRAIN_SEED, generate_story
+from dsv3_mini.data.story_judge import judge_story, well_formed_sentence
+from dsv3_mini.errors import DataError
+
+LONG = [long_story(HELD_OUT_SEED, index, 30) for index in range(80)]
+
+
+def sentences(text: str) -> list[str]:
+    return re.split(r"(?<=\.) ", text) if text else []
+
+
+def test_haystack_is_of_the_grammar_and_the_story_stays_whole() -> None:
+    for index, long in enumerate(LONG):
+        story = generate_story(HELD_OUT_SEED, index)
+        assert long.story == story and plot_of(story) in long.text
+        assert long.text.split("\n")[1:] == story.text.split("\n")[1:]
+        hay = sentences(long.before) + sentences(long.behind)
+        assert len(hay) <= 30 and all(map(well_formed_sentence, hay))
+        assert sum(len(sentences(part)) for part in (long.before, plot_of(story), long.behind)) == len(
+            sentences(long.body)
+        )
+
+
+def test_the_judge_finds_the_same_answers_through_the_haystack() -> None:
+    """It wants the opening first, the ending last and no place that nobody was in (those sentences are left out here), and
+    replays all between: the haystack changes nothing."""
+    drawn_out = 0
+    for long in LONG:
+        opening, *middle, ending = sentences(plot_of(long.story))
+        before, behind = (
+            [each for each in sentences(part) if not set(re.findall("[a-z]+", each)) & set(PLACES)]
+            for part in (long.before, long.behind)
+        )
+        body = " ".join([opening, *before, *middle, *behind, ending])
+        verdict = judge_story("\n".join([body, *long.text.split("\n")[1:]]))
+        alone = judge_story(long.story.text)
+        assert (verdict.answer_right, verdict.problem) == (True, None) and alone.answer_right
+        drawn_out += verdict.sentences - alone.sentences
+    assert drawn_out > 11 * len(LONG)
+
+
+def test_no_word_of_an_answer_stands_in_the_haystack() -> None:
+    for long in LONG:
+        hay = set(re.findall(r"[a-z]{3,}", f"{long.before} {long.behind}"))
+        for question, answer in questions_of(long.story):
+            said = set(re.findall(r"[a-z]{3,}", answer)) - set(re.findall(r"[a-z]{3,}", question))
+            assert not said & hay - {"the", "with", "was", "that", "from", "his", "her", "near"}, (answer, said & hay)
+
+
+def test_long_and_deep_are_common_and_short_ones_there() -> None:
+    counts = [len(sentences(long.before) + sentences(long.behind)) for long in LONG]
+    behind = [len(sentences(long.behind)) for long in LONG]
+    # The longer of two draws from 0 to 30 is 20 on average; two thirds of it lie behind the needle.
+    assert 17 < sum(counts) / len(LONG) < 23 and 10 < sum(behind) / len(LONG) < 16.5
+    assert min(counts) < 8 and max(counts) >= 28
+
+
+def test_same_arguments_same_story_and_training_has_its_own_stream() -> None:
+    assert long_story(5, 3, 20) == long_story(5, 3, 20) != long_story(5, 4, 20)
+    assert isinstance(long_story(5, 3, 20), LongStory)
+    train = {generated_text("long_stories:9", "train", i).split("\n", 1)[1] for i in range(50)}
+    for seed in (TRAIN_SEED, HELD_OUT_SEED):
+        assert not train & {generate_story(seed, i).text.split("\n", 1)[1] for i in range(50)}
+    assert generated_text("long_stories:9", "held_out", 7) == long_story(HELD_OUT_SEED, 7, 9).text
+
+
+def test_as_a_corpus_it_says_how_long() -> None:
+    assert is_generated("long_stories:40") and not is_generated("hub:somebody/long_stories")
+    for name in ("long_stories", "long_stories:", "long_stories:0", "long_stories:-3", "long_stories:many"):
+        with pytest.raises(DataError, match="needs the most sentences"):
+            load_corpus(name)
