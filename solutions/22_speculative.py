@@ -215,7 +215,7 @@ show_source(Greedy.verify, Drawn.verify, missing)
 # %%
 def package_greedy(drafts, logits):
     greedy = Greedy(Sampling(), [[]] * len(drafts), logits.shape[-1], torch.device("cpu"))
-    return greedy.verify(logits, Drafted(drafts, []))
+    return tuple(map(torch.tensor, greedy.verify(logits, Drafted(drafts.tolist(), []))))
 
 
 torch.manual_seed(0)
