@@ -35,7 +35,7 @@ endif
 ifneq ($(LESSONS),)
 	$(TEST_ENV) $(NBVAL) --nbval-lax $(LESSONS)
 endif
-	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadscope --ignore tests/browser/test_the_tests.py --ignore tests/browser/test_first_minute.py
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --ignore tests/browser/test_the_tests.py --ignore tests/browser/test_first_minute.py
 
 test-browser: $(READY) ## open every lesson in a browser and move every control; pictures go to runs/screenshots
 	$(TEST_ENV) $(PY) -m pytest -p no:cacheprovider tests/browser --all-lessons --screenshots runs/screenshots

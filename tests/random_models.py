@@ -63,3 +63,13 @@ def assert_routing_is_awake(model: DeepSeekV3, tokens: Tensor) -> None:
         assert differs(r.scores) > 0.1, f"layer {r.layer}: the bias changes nothing"
         if cfg.topk_group < cfg.n_group:
             assert differs(r.scores + bias) > 0.05, f"layer {r.layer}: the group limit changes nothing"
+
+
+def of_few_words() -> DeepSeekV3:
+    """Its head knows few tokens: an untrained chain is often right with it, and often wrong."""
+    model = random_model(nano(vocab_size=4096)).eval()
+    with torch.no_grad():
+        few = model.lm_head.weight[:3].clone()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[[300, 400, 500]] = 3 * few
+    return model

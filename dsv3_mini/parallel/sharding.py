@@ -52,8 +52,15 @@ def shard(model: DeepSeekV3, mesh: Mesh, dtype: torch.dtype) -> None:
         # Losses are shares of the whole batch's mean, so gradients are added up. A sum with a factor is not known to gloo.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-        # Gathered once, as a unit that rests in the first step (MTP's, where lambda begins at 0) has to know its own shape:
-        # torch looks for gradients in every unit when micro-batches are added up here.
+
+
+def gather_once(model: DeepSeekV3) -> None:
+    """Put every unit together and apart again, before the first step.
+
+    A unit that rests in that step (MTP's, where lambda begins at 0) has to know its own shape by then: torch looks for
+    gradients in every unit when micro-batches are added up here.
+    """
+    for unit in units(model):
         unit.unshard()
         unit.reshard()
 

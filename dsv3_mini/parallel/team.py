@@ -21,7 +21,7 @@ from dsv3_mini.parallel.layout import Layout, layouts
 from dsv3_mini.parallel.mesh import Mesh
 from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.parallel.recompute import recompute
-from dsv3_mini.parallel.sharding import before_micro_batch, shard
+from dsv3_mini.parallel.sharding import before_micro_batch, gather_once, shard
 from dsv3_mini.train.checkpoint import Checkpoint
 from dsv3_mini.train.optimizer import MasterAdamW
 from dsv3_mini.train.replicas import Replicas
@@ -62,6 +62,7 @@ class Team(Replicas):
         if plan.dp_shard == 1:
             return super().divide(model, dtype, micro_batch)
         shard(model, self.mesh, dtype)
+        gather_once(model)
         return model, {}  # its weights are FP32, whatever it computes in
 
     def own_parts(self, rows: Shaped[Tensor, "b s"], micro_batch: int) -> Sequence[Shaped[Tensor, "part s"]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from saved_page import NEXT_FRAME, picture
+from saved_page import NEXT_FRAME, choose, picture, said
 
 from dsv3_mini.course.rounds import FILMS
 from dsv3_mini.viz.style import COLOURS
@@ -31,21 +31,6 @@ def page(file_page: Page, tmp_path: Path) -> Page:
 def moment(page: Page) -> float:
     page.evaluate(NEXT_FRAME)
     return float(page.get_attribute(".dsv3-collective", "data-moment"))
-
-
-def said(page: Page, where: str = ".said") -> str:
-    page.evaluate(NEXT_FRAME)
-    return page.inner_text(where)
-
-
-def choose(page: Page, **controls: float) -> None:
-    for name, value in controls.items():
-        script = """([name, value]) => {
-            const control = document.querySelector('.' + name);
-            control.value = value;
-            control.dispatchEvent(new Event(control.tagName === 'SELECT' ? 'change' : 'input', { bubbles: true }));
-        }"""
-        page.evaluate(script, [name, value])
 
 
 def colours(page: Page, points: list[tuple[float, float]]) -> list[str]:

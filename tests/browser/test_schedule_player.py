@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from saved_page import NEXT_FRAME, picture
+from saved_page import NEXT_FRAME, choose, picture, said
 
 from dsv3_mini.viz.figures.schedule import IDLE, PHASE_COLOURS, lighter
 from dsv3_mini.viz.widgets.schedule_player import COSTS, RANKS, ROUNDS, SCHEDULES, SchedulePlayer
@@ -35,22 +35,6 @@ def page(file_page: Page, player: SchedulePlayer, tmp_path: Path) -> Page:
 def share(page: Page) -> float:
     page.evaluate(NEXT_FRAME)
     return float(page.get_attribute(".dsv3-schedule", "data-share"))
-
-
-def said(page: Page, where: str = ".said") -> str:
-    page.evaluate(NEXT_FRAME)
-    return page.inner_text(where)
-
-
-def choose(page: Page, **controls: int) -> None:
-    """Set controls to places in their lists."""
-    for name, value in controls.items():
-        script = """([name, value]) => {
-            const control = document.querySelector('.' + name);
-            control.value = value;
-            control.dispatchEvent(new Event(control.tagName === 'SELECT' ? 'change' : 'input', { bubbles: true }));
-        }"""
-        page.evaluate(script, [name, value])
 
 
 def colour_at(page: Page, x: float, y: float) -> str:

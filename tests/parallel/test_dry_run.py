@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from nano_runs import nano_recipe, small_tokenizer
 from ranks import together
-from test_team import Rows
+from team_runs import Rows
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.ledger import count_parameters

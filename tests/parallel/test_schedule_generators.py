@@ -14,11 +14,12 @@ from dsv3_mini.parallel.schedule_ir import Schedule, ScheduleError
 from dsv3_mini.parallel.schedule_simulator import simulate
 from dsv3_mini.parallel.schedules import SCHEDULES, bubble_formula, make_schedule
 from dsv3_mini.parallel.schedules.dualpipe import dualpipe, dualpipev
-from dsv3_mini.parallel.schedules.from_torch import ONE_STAGE, TORCH_SCHEDULES, from_torch
+from dsv3_mini.parallel.schedules.from_torch import from_torch
 from dsv3_mini.parallel.schedules.gpipe import gpipe
 from dsv3_mini.parallel.schedules.interleaved import interleaved
 from dsv3_mini.parallel.schedules.one_f_one_b import one_f_one_b
 from dsv3_mini.parallel.schedules.zero_bubble import zb1p
+from dsv3_mini.parallel.torch_schedules import ONE_STAGE, TORCH_SCHEDULES
 
 # Fractions: sums are exact, so bubbles are compared with ==.
 times = st.fractions(Fraction(1, 10), 10, max_denominator=60)

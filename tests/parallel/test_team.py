@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,8 +21,8 @@ from team_runs import (
     shape,
     trainer,
 )  # fmt: skip
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv3_mini.course.shared_training import Exchanges
 from dsv3_mini.parallel.sharding import units
 from dsv3_mini.parallel.team import Team
 from dsv3_mini.train.trainer import Trainer
@@ -58,22 +56,10 @@ CHANGING = {len(PLANS[4]): [("EP, ZeRO-3", 2), ("EP on two nodes", 1)], len(PLAN
 CASES = [(count, name) for count, plans in PLANS.items() for name in plans]
 
 
-class Messages(TorchDispatchMode):
-    """Counts what torch does, exchanges included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.name()] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def train(run: Trainer, count: int = STEPS) -> None:
     """Some steps and a checkpoint, and what the steps reported beside it, with the exchanges of the last."""
     found = [run.train_step().to_log() for _ in range(count - 1)]
-    with Messages() as messages:
+    with Exchanges() as messages:
         found.append(run.train_step().to_log())
     found[-1]["units"] = len(units(run.model))
     found[-1]["gathers"] = messages.calls["c10d::_allgather_base_"]

@@ -7,9 +7,8 @@ import re
 from html import unescape
 
 import pytest
-import torch
 from matplotlib.colors import to_rgb
-from random_models import nano, random_model
+from random_models import nano, of_few_words, random_model
 
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.inference.conversation import Conversation
@@ -28,13 +27,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> DeepSeekV3:
-    """Its head knows few tokens: an untrained chain is often right with it, and often wrong."""
-    model = random_model(nano(vocab_size=4096)).eval()
-    with torch.no_grad():
-        few = model.lm_head.weight[:3].clone()
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[[300, 400, 500]] = 3 * few
-    return model
+    return of_few_words()
 
 
 @pytest.fixture

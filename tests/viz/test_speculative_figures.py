@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from explorers import assert_every_control_moves_the_picture_and_back
-from random_models import nano, random_model
+from random_models import nano, of_few_words, random_model
 
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.errors import DataError
@@ -25,13 +24,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> DeepSeekV3:
-    """Its head knows few tokens: an untrained chain is often right with it, and often wrong."""
-    model = random_model(nano(vocab_size=4096)).eval()
-    with torch.no_grad():
-        few = model.lm_head.weight[:3].clone()
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[[300, 400, 500]] = 3 * few
-    return model
+    return of_few_words()
 
 
 def test_rule_figure_stacks_what_is_kept_what_falls_and_what_is_lacking() -> None:

@@ -31,10 +31,10 @@ from dsv3_mini.parallel.dry_run.paper import route_evenly
 from dsv3_mini.parallel.expert_parallel import ParallelExperts, spread_experts
 from dsv3_mini.parallel.layout import layouts
 from dsv3_mini.parallel.mesh import Mesh
-from dsv3_mini.parallel.pipeline import Stage, Weighing, split_layers
 from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.parallel.recompute import recompute
 from dsv3_mini.parallel.sharding import shard
+from dsv3_mini.parallel.stages import Stage, Weighing, split_layers
 from dsv3_mini.parallel.team import Team
 from dsv3_mini.train.balance import LoadCounter, update_biases
 from dsv3_mini.train.losses import training_losses
@@ -64,7 +64,7 @@ def build_stage(
     mesh, plan = team.mesh, team.mesh.plan
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
-        stage = model if first and last else Stage(model, layers, first, last)
+        stage = model if first and last else Stage(model, layers, first, last, Stage.compute)
         if lends and hasattr(stage, "embed_tokens"):
             del stage.embed_tokens
             borrowed = nn.Embedding(cfg.vocab_size, cfg.hidden_size, dtype=DTYPES[precision])
@@ -164,8 +164,8 @@ class StageRun:
             losses = training_losses(self.stage, tokens, tokens, MTP, BALANCE, batch_targets=whole)
             self.counter.add(losses.routing)
             return (losses.total,)
-        given = (tokens,) if self.first else self.received()
-        out = self.stage(*given, tokens=tokens, targets=tokens, weighing=self.weighing)
+        given = () if self.first else self.received()
+        out = self.stage(*given, tokens=tokens, targets=tokens, weighing=self.weighing, rows=self.rows)
         return out if isinstance(out, tuple) else (out,)
 
     def backward(self, out: tuple[Tensor, ...]) -> None:

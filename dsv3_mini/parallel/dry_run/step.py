@@ -19,10 +19,10 @@ from dsv3_mini.errors import ConfigError
 from dsv3_mini.ledger import count_parameters
 from dsv3_mini.parallel.dry_run.exchanges import Exchange
 from dsv3_mini.parallel.dry_run.measure import StageMeasure, measure_stage
-from dsv3_mini.parallel.pipeline import split_layers
 from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.parallel.schedule_ir import Op, Phase, Schedule
 from dsv3_mini.parallel.schedules import SCHEDULES, make_schedule
+from dsv3_mini.parallel.stages import split_layers
 
 PRECISIONS = ("fp8", "bf16", "fp32")
 
