@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import functools
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +12,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "dsv3_mini.parallel.pipeline_team", "dsv3_mini.train.trainer"]
+# One server imports torch's slow parts once, and every process of a test is a copy that it forks.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "dsv3_mini.parallel.pipeline_team", "dsv3_mini.train.trainer"]
+)
 PATIENCE = datetime.timedelta(seconds=60)  # a process that waits longer for the others fails, and with it the test
 
 
 def together(count: int, work: Callable[..., None], folder: Path, *arguments: object) -> None:
     """Run work(rank, folder, *arguments) in `count` processes that have met. What one raises is raised here."""
     meeting = folder / "meeting"
-    # They are copies of a server that has imported all this once: torch's parts for it take seconds of each process.
-    torch.multiprocessing.set_forkserver_preload(IMPORTED)
-    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
-    start(_begin, (count, work, meeting, folder, arguments), nprocs=count)
+    arguments = (count, work, meeting, folder, arguments)
+    torch.multiprocessing.start_processes(_begin, arguments, nprocs=count, start_method="forkserver")
 
 
 def _begin(rank: int, count: int, work: Callable[..., None], meeting: Path, folder: Path, arguments: tuple) -> None:

@@ -29,6 +29,7 @@ from dsv3_mini.fp8.gemm import gemm, grouped_gemm, groups
 from dsv3_mini.fp8.linear import Fp32Weights
 from dsv3_mini.fp8.quantize import Quantized
 from dsv3_mini.fp8.recipe import REPORT, Fp8Recipe
+from dsv3_mini.model.add_up import add_up
 from dsv3_mini.model.experts import Dispatched, GroupedExperts, gated
 
 
@@ -44,7 +45,7 @@ class FP8GroupedExperts(Fp32Weights, GroupedExperts):
     def combine(
         self, x: Float[Tensor, "T d"], results: Float[Tensor, "Tk d"], sent: Dispatched
     ) -> Float[Tensor, "T d"]:
-        return _Combine.apply(results, sent.token, len(x))
+        return add_up(results, sent.token, len(x))  # which keeps no results, in BF16, for backward
 
 
 class _Experts(torch.autograd.Function):
@@ -81,21 +82,6 @@ class _Experts(torch.autograd.Function):
         rows = Quantized(x_q, x_scale, *ctx.x_as).dequantize()
         d_gate_up_weight = grouped_wgrad(d_gate_up, rows, ends, recipe, power_of_two=True)
         return dx, d_gates, d_gate_up_weight.to(w_gate_up.dtype), d_down.to(w_down.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Add results up per token. Torch's index_add keeps them for backward, in BF16, and uses nothing of them but their shape."""
-
-    @staticmethod
-    def forward(ctx: Any, results: Tensor, token: Tensor, tokens: int) -> Tensor:
-        ctx.save_for_backward(token)
-        return results.new_zeros(tokens, results.shape[1]).index_add_(0, token, results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (token,) = ctx.saved_tensors
-        return grad.index_select(0, token), None, None
 
 
 def grouped_wgrad(

@@ -9,14 +9,13 @@ how many rows will come, and then exchange exactly these: nothing is padded and 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+
+from dsv3_mini.model.add_up import add_up
 
 
 class Hop:
@@ -48,25 +47,10 @@ class Hop:
     def back(self, results: Float[Tensor, "arrived d"]) -> Float[Tensor, "T d"]:
         """The sum of what each token's members made of it; zero for a token that went nowhere."""
         returned = self._exchange(results, self.arriving, self.leaving)
-        return _AddUp.apply(returned, self.sender_row, self.tokens)
+        return add_up(returned, self.sender_row, self.tokens)
 
     def _exchange(self, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         # A process that has nothing to send, or gets nothing, takes part all the same: in backward, too, the others wait
         # for it, and autograd calls the same exchange there, as an empty tensor has a history like any other.
         # What comes back at once is a promise, a tensor without memory; the next thing that is done needs all of it.
         return wait_tensor(all_to_all_single_autograd(rows.contiguous(), arriving, leaving, self.group))
-
-
-class _AddUp(torch.autograd.Function):
-    """Add rows up per token. Torch's index_add keeps the rows for backward, and uses nothing of them but their shape."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, token: Tensor, tokens: int) -> Tensor:
-        ctx.save_for_backward(token)
-        return rows.new_zeros(tokens, *rows.shape[1:]).index_add_(0, token, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (token,) = ctx.saved_tensors
-        return grad.index_select(0, token), None, None

@@ -13,9 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dsv3_mini.data.stream import MIXTURE
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.train.schedules import Piece, Schedule, constant, steps, tokens_after
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Precisions, and what each keeps all that is not FP8 in."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Recipe:
             raise ConfigError(f"clip_norm = {self.clip_norm!r} must be a number above 0")
         if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay = {self.ema_decay!r} must be at least 0 and below 1")
-        if self.precision not in ("fp32", "bf16", "fp8"):
+        if self.precision not in DTYPES:
             raise ConfigError(f"precision = {self.precision!r} must be 'fp32', 'bf16' or 'fp8'")
         betas = self.betas if isinstance(self.betas, tuple) else ()
         if len(betas) != 2 or not all(_is_number(value) and 0 <= value < 1 for value in betas):

@@ -35,11 +35,9 @@ from dsv3_mini.train.checkpoint import checkpoint_name, checkpoints
 from dsv3_mini.train.halves import Halves
 from dsv3_mini.train.losses import Losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
-from dsv3_mini.train.recipe import Recipe
+from dsv3_mini.train.recipe import DTYPES, Recipe
 from dsv3_mini.train.replicas import ALONE, Replicas
 from dsv3_mini.train.run_log import NoLog, RunLog
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of all that is not FP8
 
 
 class Diverged(UserError):

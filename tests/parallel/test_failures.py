@@ -6,7 +6,6 @@ Launcher and processes are forked from one server that has imported what they ne
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from nano_runs import NANO, nano_recipe, small_tokenizer
+from ranks import SERVER
 from safetensors.torch import load_file, save_file
 
 from dsv3_mini.cli import main
@@ -26,8 +26,6 @@ from dsv3_mini.parallel.plan import ParallelPlan
 from dsv3_mini.train.checkpoint import checkpoints, load_checkpoint
 from dsv3_mini.train.trainer import Trainer
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dsv3_mini.train.trainer", "torch._dynamo", "dsv3_mini.parallel.team"])
 STEPS, BATCH, LENGTH = 12, 6, 16
 RECIPE = nano_recipe(
     steps=STEPS, batch=BATCH, seq_len=LENGTH, micro_batch=3, log_every=1, checkpoint_every=2 * BATCH * LENGTH

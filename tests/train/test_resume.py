@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from nano_runs import nano_recipe, nano_trainer
+from ranks import SERVER
 from torch import Tensor
 
 from dsv3_mini.train.checkpoint import checkpoints, load_checkpoint
@@ -21,9 +21,6 @@ from dsv3_mini.train.recipe import Recipe
 from dsv3_mini.train.schedules import Piece, Schedule, steps
 
 STEPS = 24
-# One server imports (AdamW loads torch._dynamo), and every life of a run is a process of its own that it forks.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dsv3_mini.train.trainer", "torch._dynamo"])
 
 
 def recipe(precision: str) -> Recipe:
@@ -60,7 +57,7 @@ def live(folder: Path, precision: str, fatal_flush: int | None) -> None:
 
 
 def start(folder: Path, precision: str, fatal_flush: int | None = None) -> Any:
-    process = PROCESSES.Process(target=live, args=(folder, precision, fatal_flush))
+    process = SERVER.Process(target=live, args=(folder, precision, fatal_flush))
     process.start()
     return process
 

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.fp8.attention import FP8Attention
 from dsv3_mini.fp8.convert import to_fp8
-from dsv3_mini.fp8.experts import FP8GroupedExperts
 from dsv3_mini.fp8.recipe import Fp8Recipe
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.attention import MultiHeadLatentAttention
 from dsv3_mini.model.norm import RMSNorm
 from dsv3_mini.parallel.dry_run.paper import route_evenly
-from dsv3_mini.parallel.expert_parallel import ParallelExperts, spread_experts
+from dsv3_mini.parallel.expert_parallel import spread_experts
 from dsv3_mini.parallel.layout import layouts
 from dsv3_mini.parallel.mesh import Mesh
 from dsv3_mini.parallel.plan import ParallelPlan
@@ -39,18 +38,10 @@ from dsv3_mini.parallel.team import Team
 from dsv3_mini.train.balance import LoadCounter, update_biases
 from dsv3_mini.train.losses import training_losses
 from dsv3_mini.train.optimizer import MasterAdamW, own_piece
+from dsv3_mini.train.recipe import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-MTP, BALANCE, GAMMA, CLIP = (
-    0.3,
-    1e-4,
-    1e-3,
-    1.0,
-)  # the report's lambda, alpha, gamma and clip norm: no size hangs on them
-
-
-class FP8ParallelExperts(ParallelExperts, FP8GroupedExperts):
-    """A process's own experts, computed in FP8. What is dispatched is not rounded here: it travels as it came."""
+# The report's lambda, alpha, gamma and clip norm: no size hangs on them.
+MTP, BALANCE, GAMMA, CLIP = 0.3, 1e-4, 1e-3, 1.0
 
 
 def build_stage(
@@ -79,10 +70,6 @@ def build_stage(
         recompute(stage)
     if plan.ep > 1:
         spread_experts(stage, mesh.way(cfg.n_routed_experts))
-        for module in stage.modules():
-            if precision == "fp8" and isinstance(module, ParallelExperts):
-                module.__class__ = FP8ParallelExperts
-                module.recipe = recipe or Fp8Recipe()
     if plan.dp_shard > 1:
         shard(stage, mesh, DTYPES[precision])
         return stage, {}

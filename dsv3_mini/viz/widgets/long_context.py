@@ -26,7 +26,8 @@ def stretch_explorer(width: int = 16, trained: int = 208, factor: int = 4) -> Ex
             options=[(f"{tokens:,}", tokens) for tokens in CONTEXTS], value=trained, description="trained (tokens)"
         ),
         factor=ipywidgets.SelectionSlider(options=FACTORS, value=factor, description="factor"),
-        fast=ipywidgets.IntSlider(value=32, min=2, max=64, description="kept from (turns)"),
+        # Steps of four, so that each moves the ramp, whose end is a whole pair: two of eight pairs lie that far apart.
+        fast=ipywidgets.SelectionSlider(options=(2, 8, 32), value=32, description="kept from (turns)"),
         slow=ipywidgets.FloatSlider(value=1.0, min=0.25, max=1.75, step=0.25, description="slowed below (turns)"),
     )
 

@@ -95,8 +95,12 @@ def draft_explorer(model: DeepSeekV3, tokenizer: Tokenizer, opening: str, max_ne
         temperature=ipywidgets.FloatSlider(
             0.0, min=0, max=1.5, step=0.5, description="temperature", continuous_update=False
         ),
-        cost=ipywidgets.FloatSlider(
-            1.05, min=1, max=2, step=0.05, description="price of a pass with drafts", continuous_update=False
+        # A browser tells a screen reader a float's first digit alone; of a list it tells every place.
+        cost=ipywidgets.SelectionSlider(
+            options=[(f"{price:.2f}", price) for price in (1 + n / 20 for n in range(21))],
+            value=1.05,
+            description="price of a pass with drafts",
+            continuous_update=False,
         ),
     )
 
