@@ -10,14 +10,18 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import ipaddress
 import random
+import shutil
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -63,6 +67,29 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(socket, name, guard(getattr(socket, name), lambda host, *args, **kwargs: host))
     yield attempts
     assert not attempts, f"the test asked the network for {attempts}: tests run offline"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of this machine's browser. Where the browser or its driver is missing, the test is skipped."""
+    pytest.importorskip("playwright.sync_api", reason="playwright, the browser's driver, is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    return path or pytest.skip(f"no browser on this machine: none of {', '.join(names)} is on the PATH")
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    """A browser for one file of tests, and no longer: its driver keeps an event loop running in this thread, and with it
+    neither a second driver nor `asyncio.run` of another file's tests would start."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        # Only this machine has a name: what asks the network fails, as it would in a plane.
+        args = ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--disable-gpu", "--no-sandbox"]
+        browser = driver.chromium.launch(executable_path=chromium, args=args)
+        yield browser
+        browser.close()
 
 
 def _is_local(host: Any) -> bool:

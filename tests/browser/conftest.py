@@ -1,4 +1,4 @@
-"""A browser and a JupyterLab for the session. Where the browser or its driver is missing these tests are skipped."""
+"""One JupyterLab for the session, pages in the browser of each file of tests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from lab_server import LESSONS, JupyterLab
 
 if TYPE_CHECKING:
     from lesson_page import LessonPage
-    from playwright.sync_api import BrowserContext, Page
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,18 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--screenshots", type=Path, metavar="DIR", help="keep the browser's screenshots in this folder")
 
 
-@pytest.fixture(scope="session")
-def browser_context() -> Iterator[BrowserContext]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, the browser's driver, is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser on this machine: none of {', '.join(BROWSERS)} is on the PATH")
-    with playwright.sync_playwright() as driver:
-        # Only this machine has a name: what asks the network fails, as it would in a plane.
-        args = ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--disable-gpu"]
-        browser = driver.chromium.launch(executable_path=path, args=args)
-        yield browser.new_context(viewport={"width": 1280, "height": 900}, locale="en-US")
-        browser.close()
+@pytest.fixture(scope="module")
+def browser_context(browser: Browser) -> BrowserContext:
+    return browser.new_context(viewport={"width": 1280, "height": 900}, locale="en-US")
 
 
 @pytest.fixture
@@ -49,8 +38,8 @@ def file_page(browser_context: BrowserContext) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="session")
-def lab(browser_context: BrowserContext, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterLab]:
-    """JupyterLab on a copy of lessons/; it asks for the browser first, for without one it is of no use."""
+def lab(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterLab]:
+    """JupyterLab on a copy of lessons/; it asks for `chromium` first, for without one it is of no use."""
     root = tmp_path_factory.mktemp("lab") / "lessons"
     shutil.copytree(LESSONS, root, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     lab = JupyterLab(root, tmp_path_factory.mktemp("jupyter"))
@@ -65,7 +54,7 @@ def screenshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def examine(browser_context: BrowserContext, lab: JupyterLab, screenshots: Path) -> Callable[..., LessonPage]:
     """Opens a notebook of the lab's folder, runs it and moves every control."""
     from lesson_page import LessonPage
