@@ -60,14 +60,14 @@ def long_story(seed: int, index: int, most_sentences: int) -> LongStory:
     """Story number `index` of the stream `seed`, in a haystack of 0 to `most_sentences` sentences. The same arguments
     always give the same.
 
-    Of two lengths drawn the longer is taken, and of two places the earlier: drawn evenly, a question would reach over more
-    than three quarters of the longest context in one story of thirty, so it does in one of nine.
+    Of three lengths drawn the longest is taken, and of three places the earliest: drawn evenly, a question would reach over
+    more than three quarters of the longest haystack in one story of 27, so it does in one of four or five.
     """
     rng = random.Random(f"long-{seed}-{index}-{most_sentences}")
     story = generate_story(seed, index)
     hay = haystack(rng, story)
-    sentences = [next(hay) for _ in range(max(rng.randint(0, most_sentences), rng.randint(0, most_sentences)))]
-    place = min(rng.randint(0, len(sentences)), rng.randint(0, len(sentences)))
+    sentences = [next(hay) for _ in range(max(rng.randint(0, most_sentences) for _ in range(3)))]
+    place = min(rng.randint(0, len(sentences)) for _ in range(3))
     return LongStory(story, " ".join(sentences[:place]), " ".join(sentences[place:]))
 
 
