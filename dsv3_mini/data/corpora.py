@@ -1,7 +1,7 @@
 """Corpora: everything a model reads, as a Hugging Face dataset with the columns `text` and `domain`.
 
     stories, sums      made by this project's grammars, as many as are asked for
-    long_stories:N     stories drawn out by up to N sentences that change nothing (`long_stories.py`)
+    long_stories:N     stories drawn out to up to N words by sentences that change nothing (`long_stories.py`)
     code, prose        the standard library of the Python that runs, and its documentation
     a folder or file   .txt, .md and .py files; or .jsonl and .parquet
     hub:owner/name     streamed from the Hugging Face hub, and only where the network is explicitly allowed
@@ -86,11 +86,11 @@ def is_generated(source: str) -> bool:
     """Whether this project's grammars write it: stories, sums, or long_stories:N.
 
     Raises:
-        DataError: long_stories without its number of sentences.
+        DataError: long_stories without its number of words.
     """
     name, colon, _ = source.partition(":")
     if name == LONG_STORIES:
-        _most_sentences(source)
+        _most_words(source)
     return source in GENERATED or (name == LONG_STORIES and bool(colon))
 
 
@@ -98,7 +98,7 @@ def generated_text(domain: str, split: str, index: int) -> str:
     """Document number `index` of a generated domain, made on the spot. Train has no end."""
     if domain.startswith(LONG_STORIES):
         seed = LONG_TRAIN_SEED if split == "train" else HELD_OUT_SEED
-        return long_story(seed, index, _most_sentences(domain)).text
+        return long_story(seed, index, _most_words(domain)).text
     if domain == "stories":
         return generate_story(TRAIN_SEED if split == "train" else HELD_OUT_SEED, index).text
     return (generate_sum(TRAIN_SEED, index) if split == "train" else held_out_sum(index)).text
@@ -109,11 +109,11 @@ def held_out_size(domain: str) -> int:
     return held_out_count() if domain == "sums" else HELD_OUT_STORIES
 
 
-def _most_sentences(source: str) -> int:
+def _most_words(source: str) -> int:
     number = source.partition(":")[2]
     if not number.isdecimal() or int(number) < 1:
         raise DataError(
-            f"corpus {source!r} needs the most sentences that draw a story out, at least 1: give long_stories:100"
+            f"corpus {source!r} needs the most words of a story, at least 1: give long_stories:500"
         )
     return int(number)
 

@@ -23,6 +23,7 @@ from dsv3_mini.data.story_world import render
 
 LONG_TRAIN_SEED = 2  # stories that no pre-training read
 PLACES = sorted(lexicon.PLACE_PREPOSITIONS)
+DRAWS = 6  # of lengths and places, see long_story
 SCENES = 0.75  # of the haystack; the rest are moods of places
 
 
@@ -56,18 +57,24 @@ def questions_of(story: Story) -> list[tuple[str, str]]:
     return list(zip(lines[::2], lines[1::2], strict=True))
 
 
-def long_story(seed: int, index: int, most_sentences: int) -> LongStory:
-    """Story number `index` of the stream `seed`, in a haystack of 0 to `most_sentences` sentences. The same arguments
-    always give the same.
+def long_story(seed: int, index: int, most_words: int) -> LongStory:
+    """Story number `index` of the stream `seed`, drawn out to at most `most_words` words, its questions among them. The
+    same arguments always give the same. A story that is longer by itself stays as it is.
 
-    Of three lengths drawn the longest is taken, and of three places the earliest: drawn evenly, a question would reach over
-    more than three quarters of the longest haystack in one story of 27, so it does in one of four or five.
+    Of six lengths drawn the longest is taken, and of six places the earliest: drawn evenly, a question would reach over more
+    than three quarters of the longest haystack in one story of 27, so it does in every other.
     """
-    rng = random.Random(f"long-{seed}-{index}-{most_sentences}")
+    rng = random.Random(f"long-{seed}-{index}-{most_words}")
     story = generate_story(seed, index)
-    hay = haystack(rng, story)
-    sentences = [next(hay) for _ in range(max(rng.randint(0, most_sentences) for _ in range(3)))]
-    place = min(rng.randint(0, len(sentences)) for _ in range(3))
+    room = max(0, most_words - len(story.text.split()))
+    room = max(rng.randint(0, room) for _ in range(DRAWS))
+    sentences = []
+    for sentence in haystack(rng, story):
+        room -= len(sentence.split())
+        if room < 0:
+            break
+        sentences.append(sentence)
+    place = min(rng.randint(0, len(sentences)) for _ in range(DRAWS))
     return LongStory(story, " ".join(sentences[:place]), " ".join(sentences[place:]))
 
 
@@ -94,6 +101,7 @@ NAMED = {
     *PLACES,
     *lexicon.SPOT_NOUNS,
     *lexicon.JOBS,
+    *lexicon.TASK_VERBS,
     *lexicon.TASK_NOUNS,
     *lexicon.ANIMALS,
 }

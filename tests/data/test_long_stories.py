@@ -12,7 +12,7 @@ from dsv3_mini.data.stories import HELD_OUT_SEED, TRAIN_SEED, generate_story
 from dsv3_mini.data.story_judge import judge_story, well_formed_sentence
 from dsv3_mini.errors import DataError
 
-LONG = [long_story(HELD_OUT_SEED, index, 30) for index in range(80)]
+LONG = [long_story(HELD_OUT_SEED, index, 400) for index in range(80)]
 
 
 def sentences(text: str) -> list[str]:
@@ -25,7 +25,7 @@ def test_haystack_is_of_the_grammar_and_the_story_stays_whole() -> None:
         assert long.story == story and plot_of(story) in long.text
         assert long.text.split("\n")[1:] == story.text.split("\n")[1:]
         hay = sentences(long.before) + sentences(long.behind)
-        assert len(hay) <= 30 and all(map(well_formed_sentence, hay))
+        assert len(hay) > 5 and all(map(well_formed_sentence, hay))
         assert sum(len(sentences(part)) for part in (long.before, plot_of(story), long.behind)) == len(
             sentences(long.body)
         )
@@ -57,25 +57,28 @@ def test_no_word_of_an_answer_stands_in_the_haystack() -> None:
             assert not said & hay - {"the", "with", "was", "that", "from", "his", "her", "near"}, (answer, said & hay)
 
 
-def test_long_and_deep_are_common_and_short_ones_there() -> None:
-    counts = [len(sentences(long.before) + sentences(long.behind)) for long in LONG]
-    behind = [len(sentences(long.behind)) for long in LONG]
-    # The longest of three draws from 0 to 30 is 22.5 on average; three quarters of it lie behind the needle.
-    assert 20 < sum(counts) / len(LONG) < 25 and 14 < sum(behind) / len(LONG) < 20
-    assert min(counts) < 10 and max(counts) >= 28
+def test_long_and_deep_are_common_and_none_is_longer_than_asked() -> None:
+    room = [400 - len(long.story.text.split()) for long in LONG]
+    hay = [len(long.text.split()) - len(long.story.text.split()) for long in LONG]
+    behind = [len(long.behind.split()) for long in LONG]
+    # The longest of six draws is 6/7 of the room on average, and the earliest of six places leaves 6/7 of that behind the
+    # needle; the last sentence that does not fit is left out, three words on average.
+    assert sum(hay) / sum(room) == pytest.approx(6 / 7 - 3 / 315, abs=0.06)
+    assert sum(behind) / sum(hay) == pytest.approx(6 / 7, abs=0.06)
+    assert all(words <= most for words, most in zip(hay, room, strict=True)) and min(hay) < 0.7 * max(hay)
 
 
 def test_same_arguments_same_story_and_training_has_its_own_stream() -> None:
-    assert long_story(5, 3, 20) == long_story(5, 3, 20) != long_story(5, 4, 20)
+    assert long_story(5, 3, 300) == long_story(5, 3, 300) != long_story(5, 4, 300)
     assert isinstance(long_story(5, 3, 20), LongStory)
-    train = {generated_text("long_stories:9", "train", i).split("\n", 1)[1] for i in range(50)}
+    train = {generated_text("long_stories:90", "train", i).split("\n", 1)[1] for i in range(50)}
     for seed in (TRAIN_SEED, HELD_OUT_SEED):
         assert not train & {generate_story(seed, i).text.split("\n", 1)[1] for i in range(50)}
-    assert generated_text("long_stories:9", "held_out", 7) == long_story(HELD_OUT_SEED, 7, 9).text
+    assert generated_text("long_stories:90", "held_out", 7) == long_story(HELD_OUT_SEED, 7, 90).text
 
 
 def test_as_a_corpus_it_says_how_long() -> None:
     assert is_generated("long_stories:40") and not is_generated("hub:somebody/long_stories")
     for name in ("long_stories", "long_stories:", "long_stories:0", "long_stories:-3", "long_stories:many"):
-        with pytest.raises(DataError, match="needs the most sentences"):
+        with pytest.raises(DataError, match="needs the most words"):
             load_corpus(name)

@@ -96,7 +96,7 @@ def folder(nano: DeepSeekV3, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extend(folder: Path, out: Path, *more: str) -> list[str]:
     return [
         "train", "--extend", str(folder), "--recipe", "nano", "--tokens", "2048", "--context", "128",
-        "--mixture", "stories=0.5,long_stories:12=0.5", "--judge", "0", "--threads", "1", "--out", str(out), *more,
+        "--mixture", "stories=0.5,long_stories:150=0.5", "--judge", "0", "--threads", "1", "--out", str(out), *more,
     ]  # fmt: skip
 
 
