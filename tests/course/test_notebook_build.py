@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -18,12 +20,23 @@ from dsv3_mini.course.build import clean, main, same_picture, small_picture
 from dsv3_mini.errors import UserError
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project, built once."""
+    root = tmp_path_factory.mktemp("first")
+    (root / "solutions").mkdir()
+    (root / "solutions" / "90_doubling.py").write_text(SOURCE)
+    with contextlib.chdir(root):
+        assert main([]) == 0
+    return root
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "solutions").mkdir()
-    (tmp_path / "solutions" / "90_doubling.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def project(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it at a place of its own."""
+    shutil.copytree(first, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
 
 
 def files(project: Path) -> dict[str, bytes]:
@@ -36,15 +49,14 @@ def outputs_text(path: Path) -> str:
 
 
 def test_both_notebooks_and_the_syllabus_are_built_and_stay_the_same(project: Path) -> None:
-    assert main([]) == 0
-    first = files(project)
-    assert set(first) == {
+    before = files(project)
+    assert set(before) == {
         "solutions/90_doubling.py", "solutions/90_doubling.ipynb", "lessons/90_doubling.ipynb", "lessons/README.md",
     }  # fmt: skip
     assert main([]) == 0
-    assert files(project) == first
+    assert files(project) == before
     assert main(["--check"]) == 0
-    assert files(project) == first
+    assert files(project) == before
 
     solved, lesson = (nbformat.read(project / f / "90_doubling.ipynb", as_version=4) for f in ("solutions", "lessons"))
     for notebook in (solved, lesson):
@@ -64,7 +76,6 @@ def test_both_notebooks_and_the_syllabus_are_built_and_stay_the_same(project: Pa
 
 
 def test_a_change_is_noticed_and_nothing_written(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
     source = project / "solutions" / "90_doubling.py"
     source.write_text(SOURCE.replace("# The naive way.", "# Another way."))
     before = files(project)
@@ -84,7 +95,6 @@ def test_a_track_leaves_out_what_is_longer(project: Path, tmp_path: Path) -> Non
 def test_a_cell_that_fails_is_named_and_the_old_notebook_stays(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([]) == 0
     before = files(project)
     source = project / "solutions" / "90_doubling.py"
     source.write_text(SOURCE.replace('print("only in the term")', "1 / 0"))
