@@ -112,9 +112,7 @@ def held_out_size(domain: str) -> int:
 def _most_words(source: str) -> int:
     number = source.partition(":")[2]
     if not number.isdecimal() or int(number) < 1:
-        raise DataError(
-            f"corpus {source!r} needs the most words of a story, at least 1: give long_stories:500"
-        )
+        raise DataError(f"corpus {source!r} needs the most words of a story, at least 1: give long_stories:500")
     return int(number)
 
 

@@ -48,14 +48,16 @@ def lab(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jup
 
 
 @pytest.fixture(scope="session")
-def screenshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = request.config.getoption("screenshots", default=None) or tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
+def screenshots(request: pytest.FixtureRequest) -> Path | None:
+    """The folder for pictures, if they were asked for."""
+    folder = request.config.getoption("screenshots", default=None)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def examine(browser_context: BrowserContext, lab: JupyterLab, screenshots: Path) -> Callable[..., LessonPage]:
+def examine(browser_context: BrowserContext, lab: JupyterLab, screenshots: Path | None) -> Callable[..., LessonPage]:
     """Opens a notebook of the lab's folder, runs it and moves every control."""
     from lesson_page import LessonPage
 

@@ -23,7 +23,7 @@ class LessonPage:
     """`examine()` fills `problems` (one line each: cell, control, what) and `controls` (those that it moved)."""
 
     def __init__(
-        self, context: BrowserContext, lab: JupyterLab, notebook: str, screenshots: Path, patience: int = 4000
+        self, context: BrowserContext, lab: JupyterLab, notebook: str, screenshots: Path | None, patience: int = 4000
     ) -> None:
         self.lab, self.notebook, self.screenshots = lab, notebook, screenshots
         self.patience = patience  # ms, the kernel idle, in which a picture must change or come to rest
@@ -43,7 +43,8 @@ class LessonPage:
             self._shoot("moved")
         except (Error, TimeoutError) as error:
             self._problem(f"stopped: {str(error)[:500]}")
-            self.page.screenshot(path=self._file("stopped"))
+            if self.screenshots is not None:
+                self.page.screenshot(path=self._file("stopped"))
         finally:
             self.page.close()
             self.lab.stop_kernels()
@@ -225,7 +226,9 @@ class LessonPage:
         return self.screenshots / f"{Path(self.notebook).stem}-{what}.png"
 
     def _shoot(self, what: str) -> None:
-        """The whole lesson, one picture for each screenful."""
+        """The whole lesson, one picture for each screenful, where somebody is to look at them."""
+        if self.screenshots is None:
+            return
         y, last, number = 0, -1, 1
         while (scrolled := self._js("scroll", y))[0] > last:
             last, height = scrolled

@@ -187,6 +187,8 @@ def _draw_beliefs(axes: Axes, likely: Sequence[tuple[str, float]], came: str) ->
 
 
 def _clip(token: str) -> str:
-    """A token as far as it fits a column. A dollar sign would begin a formula."""
+    """A token as far as it fits a column, <|a_special_one|> by its first word. A dollar sign would begin a formula."""
+    if token.startswith("<|"):
+        token = f"<{token.strip('<|>').split('_')[0]}>"
     token = token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
     return token.replace("$", r"\$")
