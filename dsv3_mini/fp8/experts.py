@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3_mini.fp8.gemm import gemm, grouped_gemm, groups
+from dsv3_mini.fp8.gemm import grouped_gemm, grouped_wgrad
 from dsv3_mini.fp8.linear import Fp32Weights
 from dsv3_mini.fp8.quantize import Quantized
 from dsv3_mini.fp8.recipe import REPORT, Fp8Recipe
@@ -55,9 +55,9 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, gates: Tensor, w_gate_up: Tensor, w_down: Tensor, ends: Tensor, recipe: Fp8Recipe
     ) -> Tensor:
-        x = recipe.activation(rows, power_of_two=True)
+        x = recipe.activation(rows, power_of_two=True, kept=True)
         gate_up = grouped_gemm(x, recipe.weight(w_gate_up), ends, recipe.backend, rows.dtype)
-        kept = recipe.activation(gate_up)
+        kept = recipe.activation(gate_up, kept=True)
         hidden = recipe.activation(gated(gate_up, gates))
         ctx.save_for_backward(x.q, x.scale, kept.q, kept.scale, gates, w_gate_up, w_down, ends)
         ctx.x_as, ctx.kept_as = ((one.tile, one.fmt, one.columns) for one in (x, kept))
@@ -76,15 +76,15 @@ class _Experts(torch.autograd.Function):
         d_hidden = grouped_gemm(
             recipe.gradient(dy, power_of_two=True), recipe.weight(w_down).transpose(), ends, backend, torch.float32
         )
-        d_down = grouped_wgrad(dy, hidden.detach(), ends, recipe)
+        d_down = wgrad_by_expert(dy, hidden.detach(), ends, recipe)
         d_gate_up, d_gates = torch.autograd.grad(hidden, (gate_up, weigh), d_hidden)
         dx = grouped_gemm(recipe.gradient(d_gate_up), recipe.weight(w_gate_up).transpose(), ends, backend, dy.dtype)
         rows = Quantized(x_q, x_scale, *ctx.x_as).dequantize()
-        d_gate_up_weight = grouped_wgrad(d_gate_up, rows, ends, recipe, power_of_two=True)
+        d_gate_up_weight = wgrad_by_expert(d_gate_up, rows, ends, recipe, power_of_two=True)
         return dx, d_gates, d_gate_up_weight.to(w_gate_up.dtype), d_down.to(w_down.dtype), None, None
 
 
-def grouped_wgrad(
+def wgrad_by_expert(
     dy: Float[Tensor, "T o"],
     x: Float[Tensor, "T i"],
     ends: Int[Tensor, " e"],
@@ -105,8 +105,4 @@ def grouped_wgrad(
         return rows.new_zeros(int(ends_apart[-1]), rows.shape[1]).index_copy_(0, place, rows)
 
     dy_columns, x_columns = recipe.gradient_columns(apart(dy)), recipe.columns(apart(x), power_of_two)
-    gradient = dy.new_zeros(len(ends), dy.shape[1], x.shape[1], dtype=torch.float32)
-    for expert, start, end in groups(ends_apart):
-        operands = dy_columns.along(start, end), x_columns.along(start, end)
-        gradient[expert] = gemm(*operands, recipe.backend, torch.float32)
-    return gradient
+    return grouped_wgrad(dy_columns, x_columns, ends_apart, recipe.backend)

@@ -41,6 +41,8 @@ class Backend(Protocol):
     """One way to multiply. Inherit from it: what is the same for all is here."""
 
     name: str
+    fp32: bool = False
+    """Multiplies in FP32, so operands need not be made small for it: it takes them `in_fp32`, too."""
 
     def missing(self) -> str | None:
         """Why this machine cannot run it, in one line that also says what to use; None where it can."""
@@ -71,6 +73,15 @@ class Backend(Protocol):
         out = a.scale.new_zeros(a.shape[0], b.shape[-2], dtype=out_dtype)
         for expert, start, end in groups(ends):
             out[start:end] = self.gemm(a.rows(start, end), b.matrix(expert), out_dtype)
+        return out
+
+    def grouped_wgrad(
+        self, a: Quantized, b: Quantized, ends: Int[Tensor, " e"], out_dtype: torch.dtype
+    ) -> Float[Tensor, "e m n"]:
+        """Columns ends[i-1] : ends[i] of a [m T] times the same of b [n T]^T; zeros for an expert without."""
+        out = a.scale.new_zeros(len(ends), a.shape[0], b.shape[0], dtype=out_dtype)
+        for expert, start, end in groups(ends):
+            out[expert] = self.gemm(a.along(start, end), b.along(start, end), out_dtype)
         return out
 
 
@@ -118,6 +129,33 @@ def grouped_gemm(
             f"a {list(a.shape)}, b {list(b.shape)} and ends {list(ends.shape)} must be [T k], [e n k] and [e], with one k"
         )
     return _choose(backend, a, b).grouped_gemm(a, b, ends, out_dtype)
+
+
+def grouped_wgrad(
+    a: Quantized,
+    b: Quantized,
+    ends: Int[Tensor, " e"],
+    backend: str | Backend = "auto",
+    out_dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "e m n"]:
+    """Each expert's sum over its own tokens: columns ends[i-1] : ends[i] of a [m T] times the same of b [n T], transposed.
+
+    Args:
+        ends: where each expert's tokens end, each at the end of a tile; the last is T. Experts without tokens get zeros.
+
+    Raises:
+        ConfigError: as `gemm`, or `ends` cuts through tiles.
+    """
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[-1] != b.shape[-1]:
+        raise ConfigError(f"a {list(a.shape)} and b {list(b.shape)} must be [m T] and [n T], with one T")
+    return _choose(backend, a, b).grouped_wgrad(a, b, ends, out_dtype)
+
+
+def in_fp32(chosen: str | Backend) -> bool:
+    """Whether this backend multiplies in FP32; "auto" does where all that it can choose from do."""
+    if chosen == "auto":
+        return all(one.fp32 for one in _present())
+    return (backend(chosen) if isinstance(chosen, str) else chosen).fp32
 
 
 @functools.cache

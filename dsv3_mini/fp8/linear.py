@@ -79,7 +79,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe, after_attention: bool) -> Tensor:
-        rows = recipe.activation(x)
+        rows = recipe.activation(x, kept=not after_attention)
         kept = recipe.after_attention(x) if after_attention else rows
         ctx.save_for_backward(kept.q, kept.scale, weight)
         ctx.kept_as, ctx.recipe = (kept.tile, kept.fmt, kept.columns), recipe

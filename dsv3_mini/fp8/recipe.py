@@ -26,7 +26,7 @@ from torch import Tensor
 from dsv3_mini.errors import ConfigError
 from dsv3_mini.fp8.backends.hopper import Hopper
 from dsv3_mini.fp8.formats import E4M3, E5M2, E5M6, FloatFormat
-from dsv3_mini.fp8.gemm import Backend
+from dsv3_mini.fp8.gemm import Backend, in_fp32
 from dsv3_mini.fp8.quantize import Quantized, quantize
 
 Tile = tuple[int, int]
@@ -67,9 +67,14 @@ class Fp8Recipe:
         """Tokens that share a scale in Wgrad; 1 where all of a matrix do, as one token more or less makes no difference."""
         return self.activation_tile[1] if self.activation_tile else 1
 
-    def activation(self, x: Float[Tensor, "T i"], power_of_two: bool = False) -> Quantized:
-        """x for Fprop, and as it is kept for backward."""
-        return quantize(x, _tile(self.activation_tile, x), E4M3, power_of_two)
+    @property
+    def in_fp32(self) -> bool:
+        """Whether operands are held in FP32 between quantising and multiplying: what the backend would make of them anyway."""
+        return in_fp32(self.backend)
+
+    def activation(self, x: Float[Tensor, "T i"], power_of_two: bool = False, kept: bool = False) -> Quantized:
+        """x for Fprop. `kept` for backward, too: then in one byte a number."""
+        return quantize(x, _tile(self.activation_tile, x), E4M3, power_of_two, self.in_fp32 and not kept)
 
     def after_attention(self, x: Float[Tensor, "T i"]) -> Quantized:
         """x of the linear behind attention, as it is kept for backward: 12 bits a number."""
@@ -77,19 +82,20 @@ class Fp8Recipe:
 
     def weight(self, weight: Float[Tensor, "... o i"]) -> Quantized:
         """One weight [o i], or a stack of them [e o i]; `transpose()` is what Dgrad reads."""
-        return quantize(weight, _tile(self.weight_tile, weight), E4M3)
+        return quantize(weight, _tile(self.weight_tile, weight), E4M3, in_fp32=self.in_fp32)
 
     def gradient(self, dy: Float[Tensor, "T o"], power_of_two: bool = False) -> Quantized:
         """dy for Dgrad."""
-        return quantize(dy, _tile(self.gradient_tile, dy), self.gradient_format, power_of_two)
+        return quantize(dy, _tile(self.gradient_tile, dy), self.gradient_format, power_of_two, self.in_fp32)
 
     def gradient_columns(self, dy: Float[Tensor, "T o"]) -> Quantized:
         """dy^T [o T] for Wgrad, tiled along the tokens."""
-        return quantize(dy, _tile(_turned(self.activation_tile), dy), self.gradient_format).transpose()
+        tile = _tile(_turned(self.activation_tile), dy)
+        return quantize(dy, tile, self.gradient_format, in_fp32=self.in_fp32).transpose()
 
     def columns(self, x: Float[Tensor, "T i"], power_of_two: bool = False) -> Quantized:
         """x^T [i T] for Wgrad, tiled along the tokens. Of what was kept, give the dequantised numbers."""
-        return quantize(x, _tile(_turned(self.activation_tile), x), E4M3, power_of_two).transpose()
+        return quantize(x, _tile(_turned(self.activation_tile), x), E4M3, power_of_two, self.in_fp32).transpose()
 
 
 def _tile(tile: Tile | None, x: Tensor) -> Tile:

@@ -40,7 +40,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
-        kept = recipe.activation(gate_up)
+        kept = recipe.activation(gate_up, kept=True)
         ctx.save_for_backward(kept.q, kept.scale, weight)
         ctx.kept_as, ctx.recipe = (kept.tile, kept.fmt, kept.columns), recipe
         return fprop(recipe.activation(swiglu(gate_up)), weight, recipe, gate_up.dtype)

@@ -19,6 +19,7 @@ from dsv3_mini.fp8.formats import (
     encode_e5m6,
     pack_e5m6,
     power_of_two_at_least,
+    round_in_place,
     round_to,
     unpack_e5m6,
 )
@@ -166,6 +167,12 @@ def test_the_short_ways_of_e5m6_are_the_definition() -> None:
     short, long = decode(encode_e5m6(x), E5M6), decode(encode(x, E5M6), E5M6)
     same_bits(short + 0.0, long + 0.0)  # -0 + 0 is 0: a zero may have lost its sign
     assert encode_e5m6(x).dtype == torch.int16 and x.isnan().any()
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, E5M6], ids=lambda fmt: fmt.name)
+def test_rounding_without_codes_is_rounding_with_them(fmt: FloatFormat) -> None:
+    x = hard_floats(fmt).clamp(-fmt.largest, fmt.largest)
+    same_bits(round_in_place(x.clone(), fmt) + 0.0, round_to(x, fmt) + 0.0)  # a zero may have lost its sign
 
 
 # ---- power-of-two scales -----------------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ from dsv3_mini.fp8.backends.deep_gemm import DeepGemm, spread_out
 from dsv3_mini.fp8.backends.exact import Exact
 from dsv3_mini.fp8.backends.hopper import Hopper
 from dsv3_mini.fp8.backends.scaled_mm import ScaledMM
+from dsv3_mini.fp8.backends.triton_backend import Triton
 from dsv3_mini.fp8.formats import E4M3, E5M2, E5M6
-from dsv3_mini.fp8.gemm import Backend, backend, backends, gemm, grouped_gemm, groups
+from dsv3_mini.fp8.gemm import Backend, backend, backends, gemm, grouped_gemm, grouped_wgrad, groups
 from dsv3_mini.fp8.quantize import Quantized, quantize
+from dsv3_mini.fp8.recipe import Fp8Recipe
 
 ACTIVATIONS, WEIGHTS = (1, 128), (128, 128)
 WHOLE = (2**20, 2**20)
@@ -69,6 +71,7 @@ class Loop(Exact):
     """`exact` with the loop that every backend inherits."""
 
     grouped_gemm = Backend.grouped_gemm
+    grouped_wgrad = Backend.grouped_wgrad
 
 
 @pytest.mark.parametrize("way", [Exact(), Loop()], ids=["exact", "loop"])
@@ -82,6 +85,32 @@ def test_each_expert_multiplies_its_own_rows(load: list[int], way: Backend) -> N
     for row, expert in enumerate(owners):
         close(out[row], weights[expert] @ rows[row], 200)
     assert grouped_gemm(a, b, ends, way).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("in_fp32", [False, True])
+@pytest.mark.parametrize("way", [Exact(), Loop()], ids=["exact", "loop"])
+def test_each_expert_sums_over_its_own_tokens(way: Backend, in_fp32: bool) -> None:
+    ends = torch.tensor([128, 128, 384], dtype=torch.int32)
+    a, b = (quantize(torch.randn(384, n), (128, 1), in_fp32=in_fp32).transpose() for n in (40, 24))
+    out = grouped_wgrad(a, b, ends, way)
+    left, right = a.dequantize().double(), b.dequantize().double()
+    close(out[0], left[:, :128] @ right[:, :128].T, 128)
+    close(out[2], left[:, 128:] @ right[:, 128:].T, 256)
+    assert out.shape == (3, 40, 24) and not out[1].any()
+    with pytest.raises(ConfigError, match="with one T"):
+        grouped_wgrad(a, b.along(0, 128), ends, way)
+
+
+@pytest.mark.parametrize("chosen", ["exact", "hopper", "auto"])
+def test_a_recipe_holds_operands_in_fp32_for_those_who_multiply_so(
+    chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is kept never; nor anything where "auto" could take a tensor core."""
+    x = torch.randn(130, 200)
+    recipe = Fp8Recipe(backend=chosen)
+    assert recipe.weight(x).in_fp32 and recipe.activation(x).in_fp32 and not recipe.activation(x, kept=True).in_fp32
+    monkeypatch.setattr("dsv3_mini.fp8.gemm._present", lambda: (Triton(), Exact()))
+    assert recipe.gradient(x).in_fp32 == (chosen != "auto")
 
 
 def test_grouped_takes_tiles_that_rows_share() -> None:

@@ -180,6 +180,23 @@ def test_transposed_are_the_same_numbers(fmt: FloatFormat, shape: tuple[int, ...
     assert torch.equal(turned.transpose().q.view(torch.uint8), quantized.q.view(torch.uint8))
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("tile", TILES[:3], ids=str)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_numbers_held_in_fp32_are_those_held_in_bytes(
+    fmt: FloatFormat, tile: tuple[int, int], power_of_two: bool
+) -> None:
+    x = normal_with_outliers(300, 200, seed=5)
+    x[7, 9], x[140, 150] = torch.nan, torch.inf
+    small, large = quantize(x, tile, fmt, power_of_two), quantize(x, tile, fmt, power_of_two, in_fp32=True)
+    assert large.in_fp32 and not small.in_fp32
+    for a, b in ((small, large), (small.transpose(), large.transpose())):
+        assert a.tile == b.tile and a.shape == b.shape
+        torch.testing.assert_close(a.scale, b.scale, rtol=0, atol=0, equal_nan=True)
+        for _ in range(2):  # twice: to dequantise changes nothing in it
+            torch.testing.assert_close(a.dequantize(), b.dequantize(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_e5m6_takes_one_and_a_half_bytes() -> None:
     quantized = quantize(torch.randn(64, 256), (1, 128), E5M6, power_of_two=True)
     assert quantized.q.dtype == torch.uint8 and quantized.q.nbytes == 1.5 * 64 * 256

@@ -15,6 +15,7 @@ from dsv3_mini.fp8.quantize import Quantized
 
 class Exact(Backend):
     name = "exact"
+    fp32 = True
 
     def refuses(self, a: Quantized, b: Quantized) -> str | None:
         return None
@@ -25,9 +26,19 @@ class Exact(Backend):
     def grouped_gemm(
         self, a: Quantized, b: Quantized, ends: Int[Tensor, " e"], out_dtype: torch.dtype
     ) -> Float[Tensor, "T n"]:
-        # One expert at a time is dequantised, and none that nobody visits: the weights stay one byte each.
-        rows = a.dequantize()
-        out = rows.new_zeros(len(rows), b.shape[-2], dtype=out_dtype)
+        # Of weights of one byte each, one expert at a time is dequantised, and none that nobody visits: so small they stay.
+        rows, weights = a.dequantize(), b.dequantize() if b.in_fp32 else None
+        out = rows.new_zeros(len(rows), b.shape[-2])
         for expert, start, end in groups(ends):
-            out[start:end] = rows[start:end] @ b.matrix(expert).dequantize().T
-        return out
+            weight = b.matrix(expert).dequantize() if weights is None else weights[expert]
+            torch.mm(rows[start:end], weight.T, out=out[start:end])
+        return out.to(out_dtype)
+
+    def grouped_wgrad(
+        self, a: Quantized, b: Quantized, ends: Int[Tensor, " e"], out_dtype: torch.dtype
+    ) -> Float[Tensor, "e m n"]:
+        left, right = a.dequantize(), b.dequantize().T
+        out = left.new_zeros(len(ends), len(left), right.shape[-1])
+        for expert, start, end in groups(ends):
+            torch.mm(left[:, start:end], right[start:end], out=out[expert])
+        return out.to(out_dtype)

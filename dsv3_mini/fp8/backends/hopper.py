@@ -50,6 +50,7 @@ class Hopper(Backend):
     """
 
     name = "hopper"
+    fp32 = True  # FP8 numbers and their products are FP32 numbers
 
     def __init__(self, promote_every: int | None = 128, bits: int = 14, products: int = 32) -> None:
         if promote_every is not None and promote_every < 1:
