@@ -56,7 +56,7 @@ def test_a_ranks_bar_is_its_kinds_one_on_the_other() -> None:
 
 def test_the_reports_bill() -> None:
     figure = bill_figure(bill(**REPORT), mfu=0.391)
-    (axes,) = figure.axes
+    axes, _ = figure.axes
     bars = {bar.get_gid(): (bar.get_x(), bar.get_width()) for bar in axes.patches}
     assert bars == {
         "pre-training": pytest.approx((0, 2.664)),

@@ -34,14 +34,20 @@ PASSES = 4  # a vector's ways: to its experts and home, forward and backward
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of a micro-batch of one sequence: `activations` between its passes over all layers, `passing` while one runs."""
+    """Bytes of a micro-batch of one sequence: `activations` between its passes over all layers, `passing` besides while one runs."""
 
-    activations: int
-    passing: int
+    activations: float
+    passing: float
 
     @classmethod
     def of(cls, run: DryRun) -> Kept:
-        return cls(sum(sum(stage.kept.values()) for stage in run.stages.values()), run.fullest.passing)
+        """From the fullest rank. Of its 2 pp + 1 chunks two are in the passes that run, and counted with them."""
+        full, pp = run.fullest, run.job.plan.pp
+        if pp == 1:
+            whole = sum(sum(stage.kept.values()) for stage in run.stages.values())
+            return cls(whole, full.passing - whole)
+        whole = sum(full.activations.values()) * 2 * pp / (2 * pp - 1)
+        return cls(whole, full.passing - whole / pp)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Sketch:
     machine: Machine
     state: int
     activations: float
-    passing: int
+    passing: float
     wires: Wires
     arithmetic: float
     microbatches: float

@@ -89,16 +89,17 @@ def bill_figure(costs: Mapping[str, TrainingCost], mfu: float) -> Figure:
     hours, dollars = (sum(getattr(cost, name) for cost in costs.values()) for name in ("gpu_hours", "dollars"))
     gpus = next(iter(costs.values())).gpus
     with house_style():
-        figure = Figure(figsize=(11, 3.6))
-        axes = figure.subplots()
+        figure = Figure(figsize=(11, 3.8))
+        axes, legend = figure.subplots(2, 1, height_ratios=(1, 0.8))
+        legend.set_axis_off()
         left = 0.0
-        for (name, cost), place in zip(costs.items(), (0.3, 0.62, 0.9), strict=True):
+        for (name, cost), place in zip(costs.items(), (0.15, 0.5, 0.85), strict=True):
             wide = cost.gpu_hours / 1e6
             axes.barh(0, wide, 0.5, left, color=STAGES[name], edgecolor="white", gid=name)
-            axes.text(
-                place, -0.42, f"{name}\n{cost.gpu_hours / 1e3:,.0f}K h, ${cost.dollars / 1e6:,.3f}M, {cost.days:,.1f} days",
-                transform=axes.transAxes, ha="center", va="top", fontsize=12, color="black",
-                bbox={"facecolor": "white", "edgecolor": STAGES[name], "linewidth": 3, "boxstyle": "round,pad=0.35"},
+            amounts = f"{cost.gpu_hours / 1e3:,.0f}K GPU hours\n${cost.dollars / 1e6:,.3f}M, {cost.days:,.1f} days"
+            legend.text(
+                place, 0.5, f"{name}\n{amounts}", ha="center", va="center", fontsize=13,
+                bbox={"facecolor": "white", "edgecolor": STAGES[name], "linewidth": 3, "boxstyle": "round,pad=0.4"},
             )  # fmt: skip
             left += wide
         axes.set(yticks=[], xlabel="million GPU hours", xlim=(0, 1.25 * left))
@@ -138,18 +139,17 @@ def plan_figure(sketch: Sketch | None, refused: str = "") -> Figure:
 def _memory(axes: Axes, sketch: Sketch) -> None:
     parts = (sketch.state, sketch.activations, sketch.passing)
     _stack(axes, 0, parts)
-    bottom = 0.0
-    top = 1.15 * max(sketch.machine.memory, sketch.peak) / GB
-    for kind, size in zip(KINDS, parts, strict=True):
-        if size / GB > 0.05 * top:
-            words = kind.replace(", moments", ",\nmoments")
-            axes.text(0.5, (bottom + size / 2) / GB, f"{words}\n{size / GB:,.1f} GB", va="center")
-        bottom += size
+    top = 1.7 * max(sketch.machine.memory, sketch.peak) / GB
+    handles = [
+        Patch(color=colour, label=f"{kind}: {size / GB:,.1f}")
+        for (kind, colour), size in zip(KINDS.items(), parts, strict=True)
+    ]
+    axes.legend(handles=handles[::-1], loc="upper left", fontsize=11)
     axes.axhline(sketch.machine.memory / GB, color=LIMIT, linestyle="--", linewidth=2)
     axes.text(
         2.4, sketch.machine.memory / GB, f"{sketch.machine.memory / GB:.0f} GB ", ha="right", va="bottom", color=LIMIT
     )
-    axes.set(xlim=(-0.6, 2.4), xticks=[], ylabel="GB on one GPU", ylim=(0, top))
+    axes.set(xlim=(-0.8, 1.4), xticks=[], ylabel="GB on one GPU", ylim=(0, top))
     axes.set_title("Memory")
 
 
