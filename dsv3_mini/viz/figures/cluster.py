@@ -31,8 +31,9 @@ def scaling_figure(rows: Sequence[ScalingRow], machine: Machine) -> Figure:
         room = machine.memory - machine.reserve
         colours = [STATE if row.peak <= room else LIMIT for row in rows]
         memory.bar(places, [row.peak / GB for row in rows], color=colours)
-        memory.axhline(machine.memory / GB, color="black", linestyle="--", linewidth=1.5)
-        memory.text(len(rows) - 0.4, 1.12 * machine.memory / GB, f"{machine.memory / GB:.0f} GB", ha="right")
+        memory.axhline(room / GB, color="black", linestyle="--", linewidth=1.5)
+        has = f"free: {room / GB:.0f} of {machine.memory / GB:.0f} GB"
+        memory.text(len(rows) - 0.4, 1.12 * room / GB, has, ha="right")
         memory.set(yscale="log", ylabel="GB on the fullest GPU", ylim=(10, 4 * max(row.peak for row in rows) / GB))
         memory.legend(handles=[Patch(color=STATE, label="fits"), Patch(color=LIMIT, label="does not fit")])
         memory.set_title("Too few GPUs: no room")
@@ -44,10 +45,11 @@ def scaling_figure(rows: Sequence[ScalingRow], machine: Machine) -> Figure:
         )
         for place, row in fitting:
             speed.text(place, 100 * row.mfu + 3, f"{row.mfu:.0%}", ha="center", fontsize=11)
-        speed.set(ylabel="MFU at most (%)", ylim=(0, 100), xlim=(-0.6, len(rows) - 0.4))
+        speed.set(ylabel="MFU at most (%)", ylim=(0, 100))
         speed.set_title("Too many: they wait")
-        for axes in (memory, speed):
-            axes.set_xticks(places, names, rotation=45, ha="right")
+        speed.set_xlim(min((place for place, _ in fitting), default=0) - 0.6, len(rows) - 0.4)
+        for axes, shown in ((memory, list(places)), (speed, [place for place, _ in fitting])):
+            axes.set_xticks(shown, [names[place] for place in shown], rotation=45, ha="right")
             axes.set_xlabel("GPUs")
     return figure
 
@@ -60,7 +62,7 @@ def memory_figure(ranks: Sequence[RankMemory], machine: Machine) -> Figure:
         for rank in ranks:
             _stack(axes, rank.rank, (sum(rank.state.values()), sum(rank.activations.values()), rank.passing))
         fullest = max(ranks, key=lambda rank: rank.peak)
-        axes.text(fullest.rank, fullest.peak / GB + 1.5, f"{fullest.peak / GB:.1f}", ha="center")
+        axes.text(fullest.rank, fullest.peak / GB - 2, f"{fullest.peak / GB:.1f}", ha="center", va="top", color="white")
         axes.axhline(machine.memory / GB, color=LIMIT, linestyle="--", linewidth=2)
         axes.text(
             len(ranks) - 0.5,
@@ -147,7 +149,7 @@ def _memory(axes: Axes, sketch: Sketch) -> None:
     axes.legend(handles=handles[::-1], loc="upper left", fontsize=11)
     axes.axhline(sketch.machine.memory / GB, color=LIMIT, linestyle="--", linewidth=2)
     axes.text(
-        2.4, sketch.machine.memory / GB, f"{sketch.machine.memory / GB:.0f} GB ", ha="right", va="bottom", color=LIMIT
+        1.4, sketch.machine.memory / GB, f"{sketch.machine.memory / GB:.0f} GB ", ha="right", va="bottom", color=LIMIT
     )
     axes.set(xlim=(-0.8, 1.4), xticks=[], ylabel="GB on one GPU", ylim=(0, top))
     axes.set_title("Memory")
