@@ -355,7 +355,7 @@ print(f"{len(measured)} layouts measured, {len(fitting)} fit")
 # The report's layout is the only one that fits. It is also the slowest of them, if only time counts: with fewer and longer
 # pipeline ranks the head weighs less, and with experts on fewer GPUs tokens travel less far. All of that would need GPUs
 # with more memory. So memory chose this layout, and it has hardly any to spare. (A roofline knows only what it is told:
-# it leaves out what is late, and a search among twelve layouts is no proof.)
+# it leaves out what is late, and a search among ten layouts is no proof.)
 #
 # ## A machine of your own
 
