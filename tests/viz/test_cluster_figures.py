@@ -17,7 +17,7 @@ from dsv3_mini.parallel.dry_run.step import RankMemory
 from dsv3_mini.viz.figures.cluster import LIMIT, STATE, bill_figure, memory_figure, plan_figure, scaling_figure
 from dsv3_mini.viz.widgets.cluster import Planner, bill, bill_explorer
 
-KEPT = {"671b": Kept(53 * 10**9, 12 * 10**9), "16b": Kept(9 * 10**9, 3 * 10**9)}
+KEPT = {"671b": Kept(50.8e9, 8.9e9), "16b": Kept(7.2e9, 9.1e9)}
 REPORT = dict(tokens=14_800_000_000_000, gpus=2048, hours_per_trillion=180_000, dollars=2.0)
 
 
