@@ -16,6 +16,7 @@ attention and RMSNorm keep for backward is what they keep on a GPU.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,15 @@ META = torch.device("meta")
 
 
 class Paper(Watching):
-    """Runs operations as the module's docstring says, and shows them to watchers."""
+    """Runs operations as the module's docstring says, and shows them to watchers.
+
+    Shapes are worked out once for each operation on tensors of the same shapes, and remembered: a step has tens of thousands
+    of operations, and hundreds that differ.
+    """
+
+    def __init__(self, *watchers: Any) -> None:
+        super().__init__(*watchers)
+        self.known: dict[Any, tuple[type | None, tuple[tuple[Any, ...], ...]]] = {}
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -48,9 +57,27 @@ class Paper(Watching):
             args, kwargs = [_to_meta(a) for a in args], {name: _to_meta(a) for name, a in kwargs.items()}
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": META}
-        elif _is_factory(func) and _makes_fractions(func, kwargs.get("dtype")):
+            return self.worked_out(func, args, kwargs)
+        if _is_factory(func) and _makes_fractions(func, kwargs.get("dtype")):
             kwargs = {**kwargs, "device": META}
         return func(*args, **kwargs)
+
+    def worked_out(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of an operation on tensors without memory, where it makes new ones: from what is known, or anew."""
+        if not _makes_new(func):
+            return func(*args, **kwargs)
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        if key in self.known:
+            container, sizes = self.known[key]
+            made = [torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in sizes]
+            return made[0] if container is None else container(made)
+        result = func(*args, **kwargs)
+        found = result if isinstance(result, (tuple, list)) else (result,)
+        there = {tensor.untyped_storage()._cdata for tensor in tensors_in(args, *kwargs.values())}
+        if all(type(t) is Tensor and t.is_meta and t.untyped_storage()._cdata not in there for t in found):
+            container = type(result) if isinstance(result, (tuple, list)) else None
+            self.known[key] = container, tuple((t.shape, t.stride(), t.dtype) for t in found)
+        return result
 
 
 def flash_attention(
@@ -144,11 +171,15 @@ def even_choice(router: Router, tokens: int, experts: int) -> Int[Tensor, "T k"]
 @contextmanager
 def as_rank(rank: int, ranks: int) -> Iterator[None]:
     """This process as one of `ranks` that are not there."""
+    hook = (
+        sys.excepthook
+    )  # torch puts "[rank0]: " before every error from here on, once more for each group that it ever made
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 @functools.cache
@@ -156,6 +187,22 @@ def _is_factory(func: Any) -> bool:
     """Makes a tensor of nothing but sizes."""
     takes = {argument.name: str(argument.type) for argument in func._schema.arguments}
     return "device" in takes and "Tensor" not in takes.values()
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    """Writes into none of its arguments, and its results are no views of them."""
+    schema = func._schema
+    return all(part.alias_info is None for part in (*schema.arguments, *schema.returns))
+
+
+def _described(thing: Any) -> Any:
+    """All that a result's shape can hang on, to be looked up by."""
+    if isinstance(thing, Tensor):
+        return thing.shape, thing.stride(), thing.dtype
+    if isinstance(thing, (list, tuple)):
+        return tuple(map(_described, thing))
+    return type(thing), thing
 
 
 def _to_meta(thing: Any) -> Any:

@@ -90,8 +90,11 @@ class Job:
 
         Raises:
             ScheduleError: there is no such schedule of so many ranks and micro-batches.
+            ConfigError: it has more stages than the model has layers.
         """
-        return make_schedule("1F1B" if self.plan.pp == 1 else self.schedule, self.plan.pp, self.microbatches)
+        order = make_schedule("1F1B" if self.plan.pp == 1 else self.schedule, self.plan.pp, self.microbatches)
+        split_layers(self.cfg, order.n_stages)  # says so where there are too few
+        return order
 
 
 @dataclass(frozen=True)

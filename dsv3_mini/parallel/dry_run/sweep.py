@@ -35,7 +35,7 @@ class Candidate:
             return {**plan, "refused": self.refused}
         return {
             **plan, "peak_bytes": self.run.fullest.peak, "fits": fits(self.run, self.estimate.machine),
-            "seconds": self.estimate.seconds, "mfu": self.estimate.mfu, "bubble": self.estimate.bubble,
+            "seconds": self.estimate.seconds, "hours_per_trillion": self.estimate.hours_per_trillion, "mfu": self.estimate.mfu, "bubble": self.estimate.bubble,
         }  # fmt: skip
 
 

@@ -74,23 +74,26 @@ def why(run: DryRun, machine: Machine) -> str:
 
 
 def scaling_text(rows: Sequence[ScalingRow], machine: Machine) -> str:
-    head = f"{'GPUs':>7}{'pp':>4}{'ep':>4}{'batch':>8}{'parts':>6}{'GB':>7}{'NVLink TB':>10}{'IB TB':>8}{'step s':>8}{'MFU':>6}{'bubble':>7}  limit"
+    head = f"{'GPUs':>7}{'pp':>4}{'ep':>4}{'batch':>8}{'parts':>6}{'GB':>7}{'NVLink TB':>10}{'IB TB':>8}{'step s':>8}{'MFU':>6}{'wires':>6}{'uneven':>7}{'bubble':>7}  what breaks"
     lines = [head]
     for r in rows:
         start = f"{r.gpus:>7,}{r.pp:>4}{r.ep:>4}{r.batch:>8,}{r.microbatches:>6}{r.peak / GB:>7,.0f}"
         if r.measured:
-            start += f"{r.inside / 1e12:>10.2f}{r.network / 1e12:>8.2f}{r.seconds:>8.1f}{r.mfu:>6.0%}{r.bubble:>7.0%}"
+            start += f"{r.inside / 1e12:>10.2f}{r.network / 1e12:>8.2f}{r.seconds:>8.1f}{r.mfu:>6.0%}{r.wires:>6.0%}{r.uneven:>7.0%}{r.bubble:>7.0%}"
         else:
-            start += f"{'-':>10}{'-':>8}{'-':>8}{'-':>6}{'-':>7}"
+            start += f"{'-':>10}{'-':>8}{'-':>8}{'-':>6}{'-':>6}{'-':>7}{'-':>7}"
         lines.append(f"{start}  {r.limit}")
     lines.append(
-        f"GB: of the fullest GPU, of {machine.memory / GB:.0f}. TB: what it sends in a step. MFU: a bound, passes fused."
+        f"GB: of the fullest GPU, of {machine.memory / GB:.0f}. TB: what it sends in a step. MFU: a bound, passes fused. Of the time, "
+        "wires: bytes on them;\nuneven: waiting for the rank that has the most to do; bubble: the rest of the pipeline's idle time."
     )
     return "\n".join(lines)
 
 
 def sweep_text(rows: Sequence[Candidate], machine: Machine) -> str:
-    lines = [f"{'pp':>4}{'dp':>6}{'ep':>5}{'nodes':>6}{'GB':>8}{'fits':>6}{'step s':>9}{'MFU':>6}{'bubble':>8}"]
+    lines = [
+        f"{'pp':>4}{'dp':>6}{'ep':>5}{'nodes':>6}{'GB':>8}{'fits':>6}{'step s':>9}{'h / T tokens':>14}{'MFU':>6}{'bubble':>8}"
+    ]
     for row in rows:
         plan = f"{row.plan.pp:>4}{row.plan.dp_shard:>6}{row.plan.ep:>5}{row.plan.ep_nodes:>6}"
         if row.run is None or row.estimate is None:
@@ -98,7 +101,9 @@ def sweep_text(rows: Sequence[Candidate], machine: Machine) -> str:
             continue
         fit = "yes" if fits(row.run, machine) else "no"
         e = row.estimate
-        lines.append(f"{plan}{row.run.fullest.peak / GB:>8.1f}{fit:>6}{e.seconds:>9.1f}{e.mfu:>6.0%}{e.bubble:>8.0%}")
+        lines.append(
+            f"{plan}{row.run.fullest.peak / GB:>8.1f}{fit:>6}{e.seconds:>9.1f}{e.hours_per_trillion:>14,.0f}{e.mfu:>6.0%}{e.bubble:>8.0%}"
+        )
     return "\n".join(lines)
 
 
