@@ -79,7 +79,7 @@ class FewTokens:
     def main_states(self, tokens: Int[Tensor, "b s"], cache: list[LatentCache]) -> Float[Tensor, "b s d"]:
         """The main model's states, after its final norm."""
         at = _Place(self, tokens, cache[0])
-        x = F.embedding(tokens, self.model.embed_tokens.weight).flatten(0, 1)
+        x = F.embedding(tokens.flatten(), self.model.embed_tokens.weight)
         for layer, kept in zip(self.layers, cache, strict=True):
             x = layer(x, at, kept)
         return self.norm(x).view(at.rows, at.new, -1)
@@ -97,19 +97,20 @@ class FewTokens:
         Of the other tokens the module then keeps latents and no more: they do not pass through its experts.
         """
         at, module = _Place(self, tokens, cache), self.mtp[depth]
-        embedding = F.embedding(tokens, self.model.embed_tokens.weight)
-        joined = torch.cat([module.enorm(embedding), module.hnorm(beside)], dim=-1)
-        x = module.layer(F.linear(joined, module.join).flatten(0, 1), at, cache, places)
+        beside = beside.flatten(0, 1)
+        embedding = F.embedding(tokens.flatten(), self.model.embed_tokens.weight)
+        pairs = torch.cat([embedding, beside], dim=1).view(len(beside), 2, -1)
+        x = module.layer(torch.mm(module.pair_norm(pairs).flatten(1), module.join), at, cache, places)
         return module.norm(x).view(at.rows, at.new if places is None else 1, -1)
 
-    def turns(self, end: int) -> Complex[Tensor, "t pairs"]:
+    def turns(self, end: int) -> Complex[Tensor, "t 1 pairs"]:
         """The rotations of the positions up to `end` at least, as (c + r) / 2 pairs: those of the latent part are by nothing.
 
-        The table is made longer as texts get longer.
+        The table is made longer as texts get longer. The empty dimension is the heads': all are turned alike.
         """
-        if end > len(self.table):
+        if end > self.table.shape[0]:
             turn = rotations(self.cfg, torch.arange(2 * end, device=self.table.device))
-            self.table = torch.cat([turn.new_ones(2 * end, self.cfg.kv_lora_rank // 2), turn], dim=1)
+            self.table = torch.cat([turn.new_ones(2 * end, self.cfg.kv_lora_rank // 2), turn], dim=1)[:, None]
         return self.table
 
     def causal(self, new: int, end: int) -> Float[Tensor, "1 1 sh t"]:
@@ -146,12 +147,12 @@ class _Place:
         self.mask: Float[Tensor, "#b 1 sh t"] | None = None
         if cache.even:
             turn = table[start:end]
-            self.turn = (turn if self.rows == 1 else turn.repeat(self.rows, 1))[:, None]
+            self.turn = turn if self.rows == 1 else turn.repeat(self.rows, 1, 1)
             if self.new > 1:  # a single token may see all
                 self.mask = step.causal(self.new, end)
         else:
             positions = cache.positions(self.new)
-            self.turn = table[positions.flatten()][:, None]
+            self.turn = table[positions.flatten()]
             self.mask = step.mask(visible(positions, end))
 
 
@@ -184,8 +185,8 @@ class _Dense:
 
 
 class _Module:
-    """An MTP module."""
+    """An MTP module. The norms of a token's embedding and of the state beside it are one, with two rows of weights."""
 
     def __init__(self, module: MTPModule) -> None:
-        self.enorm, self.hnorm, self.norm = FewNorm(module.enorm), FewNorm(module.hnorm), FewNorm(module.norm)
-        self.join, self.layer = module.eh_proj.weight, _Layer(module.block)
+        self.pair_norm, self.norm = FewNorm(module.enorm, module.hnorm), FewNorm(module.norm)
+        self.join, self.layer = module.eh_proj.weight.T, _Layer(module.block)
