@@ -13,11 +13,14 @@ The shared experts are visited by every token with a gate of 1.
 
 from __future__ import annotations
 
+from operator import add
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3_mini.inference.few_norm import wide_of
 from dsv3_mini.model.moe import MoE
 from dsv3_mini.model.router import expert_load
 
@@ -25,14 +28,16 @@ FEW = 6  # tokens: with more, most of the experts are visited, and `model/expert
 
 
 class FewVisits:
-    """A sparse feed-forward: `mixture(normed, x)` is x and, added to it, what the experts make of `normed`."""
+    """A sparse feed-forward: `mixture(normed, x)` is x, to which is added, in its place, what the experts make of `normed`."""
 
     def __init__(self, layer: MoE) -> None:
         rule = layer.gate
         self.layer, self.rule, self.score = layer, rule, rule.score
-        self.weight, self.bias = rule.weight.detach().float(), rule.e_score_correction_bias
+        self.weight, self.bias = rule.weight.detach().float().T, rule.e_score_correction_bias
         self.biases = None if self.bias is None else self.bias.tolist()
         self.count = len(rule.weight)
+        size = self.count if rule.topk_group == rule.n_group else self.count // rule.n_group
+        self.groups = [range(start, start + size) for start in range(0, self.count, size)]
         self.few = FEW if rule.weight.device.type == "cpu" else 0  # elsewhere, to ask who was chosen is to wait
         up, down = list(layer.experts.gate_up_proj), list(layer.experts.down_proj)
         if layer.shared_experts is not None:
@@ -43,27 +48,26 @@ class FewVisits:
         self.rooms: dict[tuple[int, int], _Room] = {}
 
     def __call__(self, normed: Float[Tensor, "T d"], x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
-        scores = self.score(F.linear(normed.float(), self.weight))
-        if len(x) > self.few:
+        tokens = x.shape[0]
+        scores = self.score(torch.mm(wide_of(normed), self.weight))
+        if tokens > self.few:
             return self.sent(normed, x, scores)
         visits = self.visits(scores.tolist())
         room = self.room(len(visits), normed)
         for expert, place in zip(visits, room.gate_up, strict=True):
             torch.mm(normed, self.up[expert], out=place)
-        torch.mul(F.silu(room.gate), room.up, out=room.inner)
-        if len(x) > 1:
+        torch.mul(F.silu(room.gate, inplace=True), room.up, out=room.inner)
+        if tokens > 1:
             room.inner.mul_(torch.tensor(list(visits.values()), dtype=x.dtype)[..., None])
         for (expert, gates), inner in zip(visits.items(), room.inners, strict=True):
-            x = torch.addmm(x, inner, self.down[expert], alpha=gates[0] if len(x) == 1 else 1)
+            x.addmm_(inner, self.down[expert], alpha=gates[0] if tokens == 1 else 1)
         return x
 
     def visits(self, scores: list[list[float]]) -> dict[int, list[float]]:
         """The visited experts, each with the gates of all tokens: the choices of `model/router.py`."""
         rule, visited = self.rule, {expert: [1.0] * len(scores) for expert in self.shared}
         for token, affinity in enumerate(scores):
-            preference = (
-                affinity if self.biases is None else [s + b for s, b in zip(affinity, self.biases, strict=True)]
-            )
+            preference = affinity if self.biases is None else list(map(add, affinity, self.biases))
             chosen = sorted(self.allowed(preference), key=preference.__getitem__, reverse=True)[: rule.k]
             whole = sum(affinity[expert] for expert in chosen) + 1e-20 if rule.normalise else 1.0
             for expert in chosen:
@@ -72,17 +76,15 @@ class FewVisits:
 
     def allowed(self, preference: list[float]) -> list[int] | range:
         """The experts of the best groups: those whose two best sum to most."""
-        rule, experts = self.rule, range(self.count)
-        if rule.topk_group == rule.n_group:
-            return experts
-        size = self.count // rule.n_group
-        groups = [experts[start : start + size] for start in range(0, self.count, size)]
-        groups.sort(key=lambda group: sum(sorted([preference[expert] for expert in group])[-2:]), reverse=True)
-        return [expert for group in groups[: rule.topk_group] for expert in group]
+        if len(self.groups) == 1:
+            return self.groups[0]
+        best_two = [sum(sorted(preference[group.start : group.stop])[-2:]) for group in self.groups]
+        best = sorted(range(len(best_two)), key=best_two.__getitem__, reverse=True)
+        return [expert for group in best[: self.rule.topk_group] for expert in self.groups[group]]
 
     def room(self, visited: int, normed: Float[Tensor, "T d"]) -> _Room:
         """Memory for what is between the products, taken once for each number of visits and tokens."""
-        key = visited, len(normed)
+        key = visited, normed.shape[0]
         if key not in self.rooms:
             self.rooms[key] = _Room(normed.new_empty(visited, len(normed), self.up[0].shape[1]))
         return self.rooms[key]

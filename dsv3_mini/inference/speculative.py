@@ -13,6 +13,10 @@ given) and what it had read of the drafts is forgotten.
 
 A model that was trained with fewer depths than one wants drafts (the released one has one) uses its last module on and on,
 beside that module's own states. It was not trained for that, so such drafts hold less often, and cost no more.
+
+A draft is one of the first quarter of the vocabulary (of the first `COMMON` tokens at least): the ids of a BPE tokenizer stand
+in the order in which pairs were merged, the most frequent first. The head is the largest matrix that a draft reads, and the
+rare tokens' three quarters of it would cost more time than they win: a rare token is written by the main model.
 Nothing here can harm the text, only its speed: `choosing.py` decides what stays.
 """
 
@@ -21,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,6 +36,8 @@ from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.transformer import visible
 
+COMMON = 1536  # tokens; of the shipped tokenizer's 4,096 those of which 99 in 100 tokens of a story are
+
 
 class Drafter:
     """The chain of MTP modules that `drafts` tokens a pass need, with their caches, for `batch` rows of `capacity` tokens."""
@@ -39,6 +46,7 @@ class Drafter:
         weight = model.lm_head.weight
         self.model, self.modules = model, list(model.mtp)[:drafts]
         self.few = few
+        self.common = common_rows(model)
         self.caches = [LatentCache(model.cfg, batch, capacity, weight.dtype, weight.device) for _ in self.modules]
         # Of each depth the state after the last certain token: the next one that comes is read beside it, a depth further.
         self.carried: list[Float[Tensor, "b 1 d"]] = []
@@ -74,7 +82,7 @@ class Drafter:
         drafted = Drafted.nothing(len(read))
 
         def propose(state: Float[Tensor, "b d"]) -> None:
-            drafts, drawn_from = chooser.propose(self.model.lm_head(state).float(), drafted.tokens)
+            drafts, drawn_from = chooser.propose(self._logits(state), drafted.tokens)
             for row, draft in zip(drafted.tokens, drafts, strict=True):
                 row.append(draft)
             drafted.shares.extend(drawn_from)
@@ -125,10 +133,20 @@ class Drafter:
         states, _ = self.modules[depth](self.model.embed_tokens(tokens), beside, turn, mask, cache)
         return states if places is None else at_places(states, places)[:, None]
 
+    def _logits(self, state: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
+        """-inf for the tokens that are not drafted."""
+        logits = F.linear(state, self.common).float()
+        return F.pad(logits, (0, self.model.cfg.vocab_size - logits.shape[1]), value=-torch.inf)
+
     def select(self, rows: Sequence[int]) -> Drafter:
         """A new one with these rows, in memory of its own."""
         chosen = object.__new__(type(self))
-        chosen.model, chosen.modules, chosen.few = self.model, self.modules, self.few
+        chosen.model, chosen.modules, chosen.few, chosen.common = self.model, self.modules, self.few, self.common
         chosen.caches = [cache.select(rows) for cache in self.caches]
         chosen.carried = [state[list(rows)] for state in self.carried]
         return chosen
+
+
+def common_rows(model: DeepSeekV3) -> Float[Tensor, "common d"]:
+    """The head's rows for the tokens that are drafted."""
+    return model.lm_head.weight[: max(COMMON, model.cfg.vocab_size // 4)]

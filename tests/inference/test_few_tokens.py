@@ -9,7 +9,7 @@ import torch
 from random_models import YARN, assert_routing_is_awake, nano, random_model, random_tokens
 
 from dsv3_mini import from_pretrained
-from dsv3_mini.inference import LatentCache, few_experts, few_tokens, generate
+from dsv3_mini.inference import LatentCache, few_attention, few_experts, generate
 from dsv3_mini.inference.few_tokens import FewTokens, fits
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.experts import LoopExperts
@@ -47,7 +47,7 @@ def test_states_are_those_of_the_model(
 ) -> None:
     """Main model and MTP module, beside caches of random numbers: states, and what is kept, to FP32's rounding."""
     monkeypatch.setattr(few_experts, "FEW", few)
-    monkeypatch.setattr(few_tokens, "FOLDED", folded)
+    monkeypatch.setattr(few_attention, "FOLDED", folded)
     model = random_model(nano(**SHAPES[shape]))
     if shape in ("plain", "yarn"):
         assert_routing_is_awake(model, random_tokens(model.cfg))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv3_mini import from_pretrained
 from dsv3_mini.errors import ConfigError
-from dsv3_mini.inference import choosing, complete, generate, stream
+from dsv3_mini.inference import choosing, complete, generate, speculative, stream
 from dsv3_mini.inference.choosing import Drafted
 from dsv3_mini.inference.settings import Settings
 from dsv3_mini.inference.speculative import Drafter
@@ -120,6 +120,26 @@ def test_fewer_drafts_than_modules_use_the_first_ones() -> None:
     assert max(drafts.shape[1] for _, _, drafts in watched.passes) == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_common_tokens_are_drafted_and_all_are_written(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six tokens the first three: greedy the likeliest of those, and the text is the main model's own."""
+    monkeypatch.setattr(speculative, "COMMON", 3)
+    model = few_words(2)
+    prompts = ragged(model.cfg, [9, 4, 14])
+    source = torch.Generator().manual_seed(2) if temperature else None
+    watched = Watched(model, prompts, max_new_tokens=30, temperature=temperature, generator=source)
+    drafted = {token for _, _, drafts in watched.passes for token in drafts.flatten().tolist()}
+    assert drafted == {0, 1, 2} and max(map(max, watched.writing.rows)) > 2
+    if temperature == 0:
+        assert watched.writing.rows == complete(model, prompts, 30)
+        for texts, _, drafts in watched.passes[:3]:
+            for text, row in zip(texts, drafts.tolist(), strict=True):
+                logits = model(torch.tensor([text])).mtp_logits[0][0, -1]
+                assert row[0] == int(logits[:3].argmax())
+
+
 # ---- lossless: greedy ------------------------------------------------------------------------------------------------
 
 
@@ -196,10 +216,16 @@ def joint_distribution(model: DeepSeekV3, prompt: list[int], length: int, shares
     return chances
 
 
-@pytest.mark.parametrize("modules, drafts", [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("modules, drafts, common", [(1, 1, 3), (2, 2, FEW), (1, 3, FEW)])
 @pytest.mark.parametrize("more", [dict(temperature=1.0), dict(temperature=1.5, top_p=0.95)], ids=["plain", "top-p"])
-def test_drawn_texts_have_the_distribution_of_the_main_model(modules: int, drafts: int, more: dict[str, Any]) -> None:
-    """Three tokens of a vocabulary of six, 216 texts: chi-square at 1%, the chance that a right sampler fails here."""
+def test_drawn_texts_have_the_distribution_of_the_main_model(
+    modules: int, drafts: int, common: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tokens of a vocabulary of six, 216 texts: chi-square at 1%, the chance that a right sampler fails here.
+
+    Once only three of the six tokens are drafted, and still all are written.
+    """
+    monkeypatch.setattr(speculative, "COMMON", common)
     model, prompt, rows = few_words(modules), [1, 4, 2, 0], 20_000
     chosen = Settings(**more, max_new_tokens=3, use_mtp=True, drafts=drafts, generator=torch.Generator().manual_seed(5))
     chances = joint_distribution(model, prompt, 3, chosen.shares)
@@ -227,7 +253,7 @@ def test_the_test_tells_wrong_samplers(mistake: str, monkeypatch: pytest.MonkeyP
     else:
         monkeypatch.setattr(choosing, "missing", lambda p, q: p)
     with pytest.raises(AssertionError):
-        test_drawn_texts_have_the_distribution_of_the_main_model(1, 1, dict(temperature=1.0))
+        test_drawn_texts_have_the_distribution_of_the_main_model(1, 1, FEW, dict(temperature=1.0), monkeypatch)
 
 
 def test_a_seed_gives_one_text() -> None:
