@@ -269,7 +269,7 @@ print(f"Question: {text.story.question}\nAnswer: {text.story.answer}")
 
 # %% [markdown]
 # Four models read. *As trained* is the tiny model, which simply reads on; *position interpolation* stretches it without
-# mercy; *YaRN, not trained* has your frequencies and the old weights; *YaRN, trained* went on from there, on two million
+# mercy; *YaRN, not trained* has your frequencies and the old weights; *YaRN, trained* went on from there, on eight million
 # tokens in rows of 832, in which such long stories were mixed with short texts of all kinds.
 #
 # **What we expect.** At 208 tokens, as long as its rows were, the tiny model finds needles; at 832 it finds none.
@@ -321,11 +321,13 @@ print("needles at 832 tokens, by depth:", "  ".join(f"{share:.1%}" for share in 
 
 # %% [markdown]
 # Stretching alone costs most on sums, where an answer hangs on which digit stands at which place. Training brings
-# that back and more. Stories stay a few percent worse than they were, and at 832 tokens the deepest needles are not all
-# found: the aim of this phase was 95% at every depth, for less than 1% at the old length, and two million tokens did not
-# reach it. The report's phases are each 0.4% of its pre-training, but 63 billion tokens, at the rate that
-# pre-training ended with. Here the rate had to be high to get anywhere, and a high rate forgets. More tokens
-# at a falling rate are what is missing: at 416 tokens, where questions reach back more often, nearly all is found.
+# that back. The aim of this phase was 95% of the needles at every depth, for less than 1% at the old length, and you see
+# how near it came. The report's phases are each 0.4% of its pre-training, but 63 billion tokens, at the rate that
+# pre-training ended with. Here the rate had to be high to get anywhere, and a high rate forgets: what stories lost they
+# had to learn again while it fell (try `--tokens 2000000`: the fall comes too soon).
+#
+# And length is learnt from texts that *have* it. In a first version of the long stories hardly a question reached over
+# more than 650 tokens, and the needles further back were those that the model lost.
 #
 # One thing is not as the formula promises. Is the temperature any good here? Take the untrained stretched model with
 # and without it:
@@ -370,7 +372,7 @@ for name in ("tiny", "tiny-4x", "deepseek-v3", "deepseek-v3-32k", "deepseek-v3-1
 # %% [markdown]
 # `dsv3 train --extend data/tiny --recipe tiny-4x --out runs/tiny-4x` is the first phase: the weights of a model
 # folder, YaRN from the rows that it was trained on to the recipe's, a warm-up (Adam's averages begin anew), and a rate
-# that starts above the last one of pre-training, because here are two million tokens and not 63 billion.
+# that starts above the last one of pre-training, because here are eight million tokens and not 63 billion.
 
 # %% [markdown] tags=["interactive"]
 # ## The stretch explorer

@@ -206,22 +206,22 @@ def deepseek_v3_phase(context: int, batch_size: int) -> Recipe:
 
 
 def tiny_4x() -> Recipe:
-    """The first phase for `tiny`: from rows of 208 tokens to rows of 832, on twelve million tokens.
+    """The first phase for `tiny`: from rows of 208 tokens to rows of 832, on eight million tokens.
 
-    The report's rate here is the last one of pre-training, over 63 billion tokens. Twelve million leave no time for that: the
+    The report's rate here is the last one of pre-training, over 63 billion tokens. Eight million leave no time for that: the
     rate begins above the one that pre-training ended with, and comes down to it. Short texts stay in the mixture, so that
     what the model could do at the old length is not lost. MTP rests.
     """
     million = 1e6
     return Recipe(
-        total_tokens=12_000_000,
+        total_tokens=8_000_000,
         learning_rate=Schedule(
             "learning_rate",
             (
                 Piece(0.1 * million, 0.0, 7e-4),
-                Piece(4.5 * million, 7e-4, 7e-4),
-                Piece(11.4 * million, 7e-4, 4e-5, "cosine"),
-                Piece(12.0 * million, 4e-5, 4e-5),
+                Piece(3.0 * million, 7e-4, 7e-4),
+                Piece(7.6 * million, 7e-4, 4e-5, "cosine"),
+                Piece(8.0 * million, 4e-5, 4e-5),
             ),
         ),
         batch_size=Schedule("batch_size", (Piece(1.5 * million, 2, 4),)),
@@ -230,7 +230,7 @@ def tiny_4x() -> Recipe:
         mtp_lambda=constant("mtp_lambda", 0.0),
         alpha=1e-3,
         seed=1,
-        mixture={"stories": 0.52, "sums": 0.05, "code": 0.04, "prose": 0.04, "long_stories:655": 0.35},
+        mixture={"stories": 0.52, "sums": 0.06, "code": 0.05, "prose": 0.05, "long_stories:655": 0.32},
         log_every=10,
         checkpoint_every=250_000,
     )
