@@ -1,7 +1,8 @@
 # Everything needs only python3 (3.11 or newer, with venv) and make: the first target that needs an environment makes .venv.
 
 PYTHON ?= python3
-WORKERS ?= 2
+# Three on two cores: browsers, launchers and kernels that start leave a core idle now and then.
+WORKERS ?= 3
 LAB_ARGS ?=
 
 VENV := .venv
