@@ -424,6 +424,7 @@ for name, moves in {
     tried[name] = planner.sketch.room
     print(f"{name:26}{planner.sketch.peak / 1e9:7.1f} GB: {'fits' if planner.sketch.room > 0 else 'does not fit'}")
 assert tried["256 GPUs of 80 GB"] < 0 < min(list(tried.values())[1:])
+planner.set(model="671b", gpus=256, pp=16, ep=16)  # your turn
 
 # %% [markdown]
 # And the bill, with the report's run to begin with. Context extension and post-training were measured by the report; at
@@ -524,11 +525,8 @@ from dsv3_mini.parallel.dry_run import step_wires
 for kind, wires in step_wires(run, full.rank, 8).items():
     if wires.inside + wires.network > 1e9:
         total = 2048 * steps * wires.network / 1e18
-        print(
-            f"{kind:15}NVLink {wires.inside / 1e9:6.1f} GB, InfiniBand {wires.network / 1e9:6.1f} GB a GPU and step",
-            end="",
-        )
-        print(f"; {total:8,.1f} exabytes over the network in all")
+        ours = f"NVLink {wires.inside / 1e9:5.1f} GB, InfiniBand {wires.network / 1e9:5.1f} GB a GPU and step"
+        print(f"{kind:15}{ours}; {total:6.1f} EB over the network")
 
 # %% [markdown] tags=["recap"]
 # ## Recap

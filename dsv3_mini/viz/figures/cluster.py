@@ -66,9 +66,10 @@ def memory_figure(ranks: Sequence[RankMemory], machine: Machine) -> Figure:
         axes.axhline(machine.memory / GB, color=LIMIT, linestyle="--", linewidth=2)
         axes.text(
             len(ranks) - 0.5,
-            machine.memory / GB + 1,
+            machine.memory / GB + 3,
             f"a GPU has {machine.memory / GB:.0f} GB",
             ha="right",
+            va="bottom",
             color=LIMIT,
         )
         axes.set(
