@@ -7,15 +7,13 @@ Each row is a dry run of a step of the 671B model. Together they take minutes; t
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.course.recording import write_recording
 from dsv3_mini.data.shipped import shipped
-from dsv3_mini.files import write_text
 from dsv3_mini.parallel.dry_run.roofline import Machine
 from dsv3_mini.parallel.dry_run.scaling import SIZES, ScalingRow, row_of, scaling_table
 from dsv3_mini.parallel.dry_run.sketch import Kept, lay_out
@@ -64,13 +62,5 @@ def recorded() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Clusters on paper, measured for lesson 21. Minutes of a core.")
-    parser.add_argument("--out", default="data/" + RECORDED, help=f"(default: data/{RECORDED})")
-    file = Path(parser.parse_args().out)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(record(), indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_recording(RECORDED, record, "Clusters on paper, measured for lesson 21. Minutes of a core.")

@@ -7,23 +7,21 @@ The heat maps of all lengths and depths take minutes; the lesson plays them back
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3_mini.course.recording import write_recording
 from dsv3_mini.data.shipped import shipped
 from dsv3_mini.data.stream import held_out_rows
 from dsv3_mini.data.tokenizer import Tokenizer
 from dsv3_mini.evaluate.bits_per_byte import losses_by_domain
 from dsv3_mini.evaluate.needle import NeedleGrid, Read, needle_grid, needles
-from dsv3_mini.files import write_text
 from dsv3_mini.hub import from_pretrained
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
@@ -97,13 +95,5 @@ def recorded() -> dict[str, Any]:
     return values | {"needles": {name: NeedleGrid(**grid) for name, grid in values["needles"].items()}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Needles in a haystack, measured for lesson 17.")
-    parser.add_argument("--out", default="data/" + RECORDED, help=f"(default: data/{RECORDED})")
-    file = Path(parser.parse_args().out)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(record(), indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_recording(RECORDED, record, "Needles in a haystack, measured for lesson 17.")

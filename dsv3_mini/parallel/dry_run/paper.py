@@ -171,9 +171,8 @@ def even_choice(router: Router, tokens: int, experts: int) -> Int[Tensor, "T k"]
 @contextmanager
 def as_rank(rank: int, ranks: int) -> Iterator[None]:
     """This process as one of `ranks` that are not there."""
-    hook = (
-        sys.excepthook
-    )  # torch puts "[rank0]: " before every error from here on, once more for each group that it ever made
+    # Torch puts "[rank0]: " before every error from here on, once more for each group that it ever made.
+    hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         yield
