@@ -1,6 +1,6 @@
 """Trainings for lesson 16: one model on one stream of text, in BF16, in FP32, in FP8, and in FP8 with one choice turned round.
 
-    python -m dsv3_mini.course.fp8_runs --sizes nano tiny    # trains, and writes data/fp8/runs.json (see its README for times)
+    python -m dsv3_mini.course.fp8_runs                      # trains, and writes data/fp8/runs.json (see its README for times)
     python -m dsv3_mini.course.fp8_runs --table              # trains nothing: the distances of what is written there
 
 A run is `training_steps`, which the lesson also trains live. All runs of a size and seed start from the same FP32 weights and read
@@ -42,6 +42,7 @@ from dsv3_mini.files import write_text
 from dsv3_mini.fp8.convert import to_fp8
 from dsv3_mini.fp8.linear import FP8Linear
 from dsv3_mini.fp8.recipe import ABLATIONS, REPORT, Fp8Recipe
+from dsv3_mini.hub import from_pretrained
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.train.balance import LoadCounter, update_biases
 from dsv3_mini.train.losses import training_losses
@@ -90,6 +91,7 @@ class Size:
     small_tokenizer: bool
     ways: tuple[str, ...]
     held_out_rows: int  # of each domain
+    trained: str | None = None  # the model that ships whose weights the runs start from; None: new ones
 
 
 def _nano_recipe(steps: int, rows: int = 12, context: int = 64) -> Recipe:
@@ -114,14 +116,26 @@ SIZES: dict[str, Size] = {
         ways=tuple(WAYS),
         held_out_rows=32,
     ),
-    # Whole as `dsv3 train --preset tiny` begins it. The emulated tensor core is left out: it would take half a day.
+    # Whole as `dsv3 train --preset tiny` begins it. A run in FP8 takes minutes: of the choices turned round only the one that
+    # everybody made before the report is kept beside it.
     "tiny": Size(
         ModelConfig.preset("tiny"),
         Recipe.preset("tiny"),
         steps=400,
         small_tokenizer=False,
-        ways=tuple(name for name in WAYS if name != "no promotion"),
+        ways=(BASE, YARDSTICK, REPORTS, "per-tensor scaling"),
         held_out_rows=24,
+    ),
+    # The trained model, trained on at a quarter of its highest rate. New weights learn so fast that a rounding decides who
+    # learns a thing first; here little is left to learn, the runs stay together, and a small distance can be seen.
+    "tiny-trained": Size(
+        ModelConfig.preset("tiny"),
+        Recipe.preset("tiny").replace(learning_rate=constant("learning_rate", 6e-4), gamma=constant("gamma", 0.0)),
+        steps=300,
+        small_tokenizer=False,
+        ways=(BASE, YARDSTICK, REPORTS, "per-tensor scaling"),
+        held_out_rows=24,
+        trained="tiny",
     ),
 }
 SEEDS = (0, 1, 2)
@@ -140,12 +154,15 @@ def fresh_model(size: str, way: str, seed: int = 0) -> tuple[DeepSeekV3, dict[st
     The caller's random numbers stay as they were.
     """
     chosen = SIZES[size]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = DeepSeekV3(chosen.cfg)
-    if chosen.recipe.head_from_embedding:
-        with torch.no_grad():
-            model.lm_head.weight.copy_(model.embed_tokens.weight)
+    if chosen.trained:
+        model = from_pretrained(shipped(chosen.trained))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = DeepSeekV3(chosen.cfg)
+        if chosen.recipe.head_from_embedding:
+            with torch.no_grad():
+                model.lm_head.weight.copy_(model.embed_tokens.weight)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     if WAYS[way].recipe is not None:
         model = to_fp8(model, WAYS[way].recipe)
@@ -242,8 +259,10 @@ class Recording:
     def largest(self) -> str:
         return self.sizes[-1]
 
-    def seeds(self, size: str) -> list[int]:
-        return sorted({run.seed for run in self.runs if run.size == size})
+    def seeds(self, size: str, way: str = BASE) -> list[int]:
+        """Those of which BF16 and this way were recorded."""
+        seeds = [{run.seed for run in self.runs if (run.size, run.way) == (size, which)} for which in (BASE, way)]
+        return sorted(seeds[0] & seeds[1])
 
     def ways(self, size: str) -> list[str]:
         """In the order of `WAYS`, BF16 first."""
@@ -268,6 +287,19 @@ class Recording:
     def gap(self, size: str, way: str, seed: int = 0) -> float:
         """The relative distance of the training loss from BF16's, smoothed over the last third."""
         return relative_gap(self.run(size, way, seed).loss, self.run(size, BASE, seed).loss)
+
+    def mean_gap(self, size: str, way: str) -> float:
+        """`gap`, of the losses of all seeds together: what the drift of single runs leaves over."""
+        means = [
+            statistics.fmean(last_third(self.run(size, w, s).loss) for s in self.seeds(size, way)) for w in (way, BASE)
+        ]
+        return means[0] / means[1] - 1
+
+    def with_run(self, run: Run) -> Recording:
+        """This one with the run in the place of that of the same size, way and seed, or in its place in the order."""
+        places = {name: place for place, name in enumerate((*SIZES, *WAYS))}
+        key = {(r.size, r.way, r.seed): r for r in (*self.runs, run)}
+        return Recording(tuple(sorted(key.values(), key=lambda r: (places[r.size], r.seed, places[r.way]))))
 
     def to_text(self) -> str:
         """JSON, a run a line."""
@@ -299,35 +331,35 @@ def train(size: str, way: str, seed: int = 0, steps: int | None = None) -> Run:
     return Run(size, way, seed, losses, held_out(size, model))
 
 
-def record(sizes: Sequence[str], seeds: Sequence[int], workers: int, steps: int | None = None) -> Recording:
-    """Train all ways of these sizes, a run to a process at a time."""
+def record(sizes: Sequence[str], seeds: Sequence[int], workers: int, steps: int | None = None) -> Iterator[Run]:
+    """Train all ways of these sizes, a run to a process at a time; each comes when it has ended."""
     tasks = [(size, way, seed, steps) for size in sizes for seed in seeds for way in SIZES[size].ways]
-    runs = []
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for run in pool.map(_train, tasks):
-            runs.append(run)
-            said = f"{len(runs)} of {len(tasks)}: {run.size}, {run.way}, seed {run.seed}: {last_third(run.loss):.4f}"
+        for number, run in enumerate(pool.map(_train, tasks), start=1):
+            said = f"{number} of {len(tasks)}: {run.size}, {run.way}, seed {run.seed}: {last_third(run.loss):.4f}"
             print(said, file=sys.stderr, flush=True)
-    return Recording(tuple(runs))
+            yield run
 
 
 def table(recording: Recording) -> str:
-    """A line for each size and way: its distance from BF16 in percent, for each seed, and that on held-out text."""
+    """A line for each size and way: its distance from BF16 in percent, for each seed, for all, and on held-out text."""
     lines = []
     for size in recording.sizes:
         seeds, steps = recording.seeds(size), len(recording.run(size, BASE).loss)
         names = "".join(f"{f'seed {seed}':>10}" for seed in seeds)
-        lines.append(f"{f'{size}, {steps} steps':24}{names}{'held out':>12}")
+        lines.append(f"{f'{size}, {steps} steps':24}{names}{'all':>10}{'held out':>12}")
         for way in recording.ways(size):
             if way != BASE:
-                gaps = "".join(f"{recording.gap(size, way, seed):>+10.3%}" for seed in seeds)
-                lines.append(f"{way:24}{gaps}{held_out_gap(recording, size, way):>+12.3%}")
+                known = recording.seeds(size, way)
+                gaps = "".join(f"{recording.gap(size, way, s):>+10.3%}" if s in known else " " * 10 for s in seeds)
+                mean, held = recording.mean_gap(size, way), held_out_gap(recording, size, way)
+                lines.append(f"{way:24}{gaps}{mean:>+10.3%}{held:>+12.3%}")
     return "\n".join(lines)
 
 
 def held_out_gap(recording: Recording, size: str, way: str) -> float:
     """The relative distance from BF16's on held-out text at the end: the median over the seeds."""
-    pairs = [(recording.run(size, way, seed), recording.run(size, BASE, seed)) for seed in recording.seeds(size)]
+    pairs = [(recording.run(size, way, seed), recording.run(size, BASE, seed)) for seed in recording.seeds(size, way)]
     return statistics.median(run.held_out / base.held_out - 1 for run, base in pairs)
 
 
@@ -424,9 +456,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Record the runs of lesson 16.")
     parser.add_argument("--table", action="store_true", help="train nothing, print the distances of what is recorded")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="others keep their runs")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="other runs stay as they are"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, help="of a run; default: nano 150, tiny 400")
+    parser.add_argument("--steps", type=int, help="of a run; default: nano 150, tiny 400, tiny-trained 300")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="the file to write; default: where the course reads it")
     options = parser.parse_args(arguments)
@@ -434,18 +468,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(recorded()))
         return 0
     out = options.out or shipped_root(Path(__file__).resolve().parents[1]) / RECORDED
-    before = Recording.from_text(out.read_text(encoding="utf-8")).runs if out.exists() else ()
-    made = record(options.sizes, options.seeds, options.workers, options.steps).runs
-    recording = Recording(_in_order([run for run in before if run.size not in options.sizes] + list(made)))
+    recording = Recording.from_text(out.read_text(encoding="utf-8")) if out.exists() else Recording(())
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, recording.to_text())
+    for run in record(options.sizes, options.seeds, options.workers, options.steps):
+        recording = recording.with_run(run)
+        write_text(out, recording.to_text())  # whoever stops here keeps what has ended
     print(table(recording))
     return 0
-
-
-def _in_order(runs: Sequence[Run]) -> tuple[Run, ...]:
-    places = {name: place for place, name in enumerate((*SIZES, *WAYS))}
-    return tuple(sorted(runs, key=lambda run: (places[run.size], run.seed, places[run.way])))
 
 
 if __name__ == "__main__":

@@ -223,8 +223,9 @@ def test_gaps_are_of_the_same_seed_and_the_table_has_them_all() -> None:
     assert small().gap("nano", REPORTS, 1) == pytest.approx(-0.02)
     assert held_out_gap(small(), "nano", REPORTS) == pytest.approx((0.01 - 0.02) / 2)
     lines = table(small()).split("\n")
-    assert lines[0].split() == ["nano,", "3", "steps", "seed", "0", "seed", "1", "held", "out"]
-    assert lines[1].split() == [REPORTS, "+0.500%", "-2.000%", "-0.500%"]
+    assert lines[0].split() == ["nano,", "3", "steps", "seed", "0", "seed", "1", "all", "held", "out"]
+    # All: (2.01 + 2.45) / (2.0 + 2.5) - 1, which is not the mean of the two.
+    assert lines[1].split() == [REPORTS, "+0.500%", "-2.000%", "-0.889%", "-0.500%"]
 
 
 def test_recording_trains_every_way_of_a_size_and_keeps_the_others(
@@ -235,18 +236,31 @@ def test_recording_trains_every_way_of_a_size_and_keeps_the_others(
     short = Size(nano.cfg, nano.recipe, 2, True, (BASE, REPORTS), 2)
     monkeypatch.setitem(runs.SIZES, "nano", short)
     out = tmp_path / "runs.json"
-    out.write_text(Recording((Run("tiny", BASE, 0, (4.0,), 4.0), Run("nano", BASE, 7, (1.0,), 1.0))).to_text())
+    old = (Run("tiny", BASE, 0, (4.0,), 4.0), Run("nano", BASE, 7, (1.0,), 1.0), Run("nano", REPORTS, 1, (9.0,), 9.0))
+    out.write_text(Recording(old).to_text())
     assert runs.main(["--sizes", "nano", "--seeds", "0", "1", "--workers", "1", "--out", str(out)]) == 0
     kept = Recording.from_text(out.read_text())
     assert [(r.size, r.seed, r.way, len(r.loss)) for r in kept.runs] == [
         *(("nano", seed, way, 2) for seed in (0, 1) for way in (BASE, REPORTS)),
+        ("nano", 7, BASE, 1),
         ("tiny", 0, BASE, 1),
     ]
     assert table(kept) in capsys.readouterr().out
     assert kept.run("nano", BASE, 0).loss != kept.run("nano", BASE, 1).loss
-    assert record(["nano"], [0], 1, steps=1).runs[0].loss[0] == pytest.approx(
-        kept.run("nano", BASE, 0).loss[0], abs=1e-4
-    )
+    (first, _) = record(["nano"], [0], 1, steps=1)
+    assert first.loss[0] == pytest.approx(kept.run("nano", BASE, 0).loss[0], abs=1e-4)
+
+
+def test_a_recording_that_is_stopped_keeps_what_has_ended(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    def stopped(*_):
+        yield Run("nano", BASE, 0, (4.0,), 4.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "record", stopped)
+    out = tmp_path / "runs.json"
+    with pytest.raises(KeyboardInterrupt):
+        runs.main(["--sizes", "nano", "--out", str(out)])
+    assert Recording.from_text(out.read_text()).runs == (Run("nano", BASE, 0, (4.0,), 4.0),)
 
 
 # ---- what ships --------------------------------------------------------------------------------------------------------
