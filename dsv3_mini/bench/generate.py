@@ -9,8 +9,8 @@ stories, for batches of 1 and of 16, and no token stops it:
 
 The sides have to write the same tokens, or nothing is reported.
 
-A second race says why MTP gains what it gains: a pass over the drafted tokens and one more, and the making of the drafts,
-beside a pass over one token, for one row. If the pass costs v and the drafts d of such passes, t tokens a pass come t / (v + d)
+A second race says why MTP gains what it gains: a pass over the drafted tokens and one more, and the making of the drafts (as many
+as a pass had on average), beside a pass over one token, for one row. If the pass costs v and the drafts d of such passes, t tokens a pass come t / (v + d)
 times as fast.
 
 A third race asks what a longer context costs: one row, one token at a time, beside caches of 256 to 8,192 tokens (of
@@ -77,6 +77,7 @@ class Case:
 class DraftCost:
     """STEPS passes over one token, as many over the drafts and the token before them, and STEPS times the drafts; one row."""
 
+    drafts: int
     one: Lap
     verify: Lap
     draft: Lap
@@ -141,13 +142,14 @@ def run(
         counts = Writing(model, openings(batch, prompt), settings).finish().counts
         cases.append(Case(batch, plain, mtp, theirs, counts.acceptance, counts.tokens_per_pass))
     shape = dict(folder=str(folder), prompt=prompt)
-    drafts = settings.drafts_for(model)
+    counts = Writing(model, openings(1, prompt), settings).finish().counts
+    drafts = max(1, round(counts.drafts_per_pass))
     sides = [
         Side("a token", f"{__name__}:step_over", {**shape, "tokens": 1}),
         Side("drafts and one more", f"{__name__}:step_over", {**shape, "tokens": 1 + drafts}),
         Side("drafting", f"{__name__}:step_drafting", {**shape, "drafts": drafts}),
     ]
-    cost = DraftCost(*race(sides, rounds, threads))
+    cost = DraftCost(drafts, *race(sides, rounds, threads))
     sides = [Side(f"{n:,} tokens", f"{__name__}:step_beside", dict(folder=str(folder), context=n)) for n in contexts]
     laps = dict(zip(contexts, race(sides, rounds, threads), strict=True))
     token_bytes = cache_per_token(model.cfg, dtype="fp32").bytes("mla")
@@ -177,7 +179,7 @@ def render(result: Result) -> str:
     verify, draft = result.cost.verifying, result.cost.drafting
     lines += [
         "",
-        f"one row: reading the drafts and one token more costs {verify:.2f} of reading one token, drafting {draft:.2f};",
+        f"one row: reading {result.cost.drafts} drafts and one token more costs {verify:.2f} of reading one token, drafting {draft:.2f};",
         f"   so {result.cases[0].tokens_per_pass:.2f} tokens a pass come "
         f"{result.cases[0].tokens_per_pass / (verify + draft):.2f}x as fast as one by one",
     ]
@@ -247,7 +249,7 @@ def step_over(folder: str, prompt: int, tokens: int) -> Step:
     @torch.inference_mode()
     def step() -> float:
         for _ in range(STEPS):
-            chosen = best(model.lm_head(reader.read(read)))
+            chosen = best(reader.logits(reader.read(read)))
             reader.keep([0])
         return float(sum(chosen[0]))
 

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--model", metavar="FOLDER", help="a model folder (default: the tiny model that ships)")
     generate.add_argument("--prompt", type=whole(1), default=24, help="tokens in each prompt (default: 24)")
     generate.add_argument("--new", type=whole(2), default=128, help="tokens to write in each row (default: 128)")
-    generate.add_argument("--drafts", type=whole(1), help="tokens that MTP drafts in each pass (default: one a module)")
+    generate.add_argument(
+        "--drafts", type=whole(1), help="tokens that MTP drafts in each pass (default: as many as are likely to hold)"
+    )
     what.add_parser("halves", parents=[shared], help="a training step with its rows in two halves, and in one piece")
     what.add_parser("loss", parents=[shared], help="cross-entropy in chunks, beside all logits at once")
     what.add_parser("attention", parents=[shared], help="MLA's attention: padded, unequal widths, explicit softmax")

@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mtp", action="store_true", help="draft with the MTP modules, and say on stderr how many drafts held"
     )
     parser.add_argument(
-        "--drafts", type=whole(1), metavar="N", help="tokens drafted in each pass, with --mtp (default: one a module)"
+        "--drafts",
+        type=whole(1),
+        metavar="N",
+        help="tokens drafted in each pass, with --mtp (default: as many as are likely to hold)",
     )
     parser.add_argument(
         "--interactive", action="store_true", help="talk with the model: it answers line by line, until the input ends"

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -34,19 +35,40 @@ Source = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True)
 class Drafted:
-    """Drafts for each row, and the distributions that they were drawn from (an empty list where none was drawn)."""
+    """Drafts for each row, and the distributions that they were drawn from (an empty list where none was drawn).
+
+    chances: the share that the drafting module gave to each draft, for each row.
+    """
 
     tokens: list[list[int]]
     shares: list[Float[Tensor, "b v"]]
+    chances: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def nothing(cls, batch: int) -> Drafted:
-        return cls([[] for _ in range(batch)], [])
+        return cls([[] for _ in range(batch)], [], [[] for _ in range(batch)])
 
     @property
     def count(self) -> int:
         """Drafts of each row."""
         return len(self.tokens[0])
+
+    def add(self, proposal: Proposal) -> None:
+        """One draft more for each row."""
+        self.shares.extend(proposal.shares)
+        for row, chances, token, chance in zip(
+            self.tokens, self.chances, proposal.tokens, proposal.chances, strict=True
+        ):
+            row.append(token)
+            chances.append(chance)
+
+
+class Proposal(NamedTuple):
+    """A draft for each row, the share that it had, and the distribution where it was drawn from one (none, or one for all rows)."""
+
+    tokens: list[int]
+    chances: list[float]
+    shares: list[Float[Tensor, "b v"]]
 
 
 class Dice:
@@ -77,7 +99,7 @@ class Chooser(ABC):
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device
     ) -> None:
-        self.sampling = sampling
+        self.sampling, self.vocabulary = sampling, vocabulary
         self.seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
         self.note(prompts)
 
@@ -88,10 +110,8 @@ class Chooser(ABC):
                 seen[torch.tensor(tokens, dtype=torch.long, device=seen.device)] = True
 
     @abstractmethod
-    def propose(
-        self, logits: Float[Tensor, "b v"], earlier: list[list[int]]
-    ) -> tuple[list[int], list[Float[Tensor, "b v"]]]:
-        """A draft of each row to stand behind its `earlier` ones, and what it was drawn from (nothing, or one distribution)."""
+    def propose(self, logits: Float[Tensor, "b c"], earlier: list[list[int]]) -> Proposal:
+        """A draft of each row to stand behind its `earlier` ones. `logits` are those of the vocabulary's first c tokens."""
 
     @abstractmethod
     def verify(self, logits: Float[Tensor, "b j1 v"], drafted: Drafted) -> tuple[list[int], list[int]]:
@@ -105,15 +125,17 @@ class Chooser(ABC):
         if not self.sampling.penalises:
             return logits
         ids = torch.tensor(drafts, dtype=torch.long, device=logits.device)
-        places: Bool[Tensor, "b j1 v"] = seen_before(self.seen, ids)[:, -logits.shape[1] :]
+        places: Bool[Tensor, "b j1 v"] = seen_before(self.seen, ids)[:, -logits.shape[1] :, : logits.shape[2]]
         return penalised(logits, places, self.sampling.repetition_penalty)
 
 
 class Greedy(Chooser):
     """Always the likeliest token."""
 
-    def propose(self, logits: Tensor, earlier: list[list[int]]) -> tuple[list[int], list[Tensor]]:
-        return best(self._penalised(logits[:, None], earlier)[:, 0]), []
+    def propose(self, logits: Tensor, earlier: list[list[int]]) -> Proposal:
+        logits = self._penalised(logits[:, None], earlier)[:, 0]
+        largest = logits.amax(dim=-1, keepdim=True)
+        return Proposal(best(logits), (logits - largest).exp_().sum(dim=-1).reciprocal_().tolist(), [])
 
     def verify(self, logits: Tensor, drafted: Drafted) -> tuple[list[int], list[int]]:
         chosen = best(self._penalised(logits, drafted.tokens))
@@ -133,9 +155,11 @@ class Drawn(Chooser):
         super().__init__(sampling, prompts, vocabulary, device)
         self.dice = dice
 
-    def propose(self, logits: Tensor, earlier: list[list[int]]) -> tuple[list[int], list[Tensor]]:
+    def propose(self, logits: Tensor, earlier: list[list[int]]) -> Proposal:
         shares = self.sampling.shares(self._penalised(logits[:, None], earlier)[:, 0])
-        return self.dice.draw(shares).tolist(), [shares]
+        drawn = self.dice.draw(shares)
+        chances = shares.gather(-1, drawn[:, None])[:, 0].tolist()
+        return Proposal(drawn.tolist(), chances, [F.pad(shares, (0, self.vocabulary - shares.shape[-1]))])
 
     def verify(self, logits: Tensor, drafted: Drafted) -> tuple[list[int], list[int]]:
         p = self.sampling.shares(self._penalised(logits, drafted.tokens))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3_mini.inference.all_experts import AllExperts, split_shared
 from dsv3_mini.inference.few_norm import wide_of
 from dsv3_mini.model.moe import MoE
 from dsv3_mini.model.router import expert_load
@@ -46,10 +47,13 @@ class FewVisits:
         self.shared = range(self.count, len(up))
         self.up, self.down = [matrix.T for matrix in up], [matrix.T for matrix in down]
         self.rooms: dict[tuple[int, int], _Room] = {}
+        self.all = AllExperts(layer)
 
     def __call__(self, normed: Float[Tensor, "T d"], x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
         tokens = x.shape[0]
         scores = self.score(torch.mm(wide_of(normed), self.weight))
+        if self.all.suits(tokens):
+            return self.all(normed, x, *self.route(scores))
         if tokens > self.few:
             return self.sent(normed, x, scores)
         visits = self.visits(scores.tolist())
@@ -123,12 +127,3 @@ class _Room:
         self.gate, self.up = hidden.chunk(2, dim=-1)
         self.inner = torch.empty_like(self.gate, memory_format=torch.contiguous_format)  # n T f
         self.inners = self.inner.unbind()
-
-
-def split_shared(layer: MoE, width: int) -> tuple[list[Float[Tensor, "2f d"]], list[Float[Tensor, "d f"]]]:
-    """The shared experts, one by one: in the model they are one SwiGLU of all their widths."""
-    shared = layer.shared_experts
-    gate, up = (half.split(width) for half in shared.gate_up_proj.weight.chunk(2))
-    if len(gate) == 1:
-        return [shared.gate_up_proj.weight], [shared.down_proj.weight]
-    return [torch.cat(pair) for pair in zip(gate, up, strict=True)], list(shared.down_proj.weight.split(width, dim=1))

@@ -30,6 +30,7 @@ from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.few_attention import FewAttention
 from dsv3_mini.inference.few_experts import FewVisits
 from dsv3_mini.inference.few_norm import FewNorm
+from dsv3_mini.inference.few_product import FewProduct
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.attention import MultiHeadLatentAttention
 from dsv3_mini.model.block import Block
@@ -68,6 +69,7 @@ class FewTokens:
         self.norm = FewNorm(model.norm)
         self.mtp = [_Module(module) for module in model.mtp]
         weight = model.lm_head.weight
+        self.head = FewProduct(weight)
         self.table = torch.empty(0, device=weight.device)
         self.zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
         self.hidden: dict[int, Float[Tensor, "1 1 sh t"]] = {}
@@ -83,6 +85,10 @@ class FewTokens:
         for layer, kept in zip(self.layers, cache, strict=True):
             x = layer(x, at, kept)
         return self.norm(x).view(at.rows, at.new, -1)
+
+    def logits(self, states: Float[Tensor, "b s d"]) -> Float[Tensor, "b s v"]:
+        """What the head says, in FP32."""
+        return self.head(states.flatten(0, 1)).view(*states.shape[:2], -1).float()
 
     def mtp_states(
         self,
@@ -177,11 +183,11 @@ class _Dense:
     """A SwiGLU."""
 
     def __init__(self, layer: SwiGLU) -> None:
-        self.gate_up, self.down = layer.gate_up_proj.weight.T, layer.down_proj.weight.T
+        self.gate_up, self.down = FewProduct(layer.gate_up_proj.weight), FewProduct(layer.down_proj.weight)
 
     def __call__(self, normed: Float[Tensor, "T d"], x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
-        gate, up = torch.mm(normed, self.gate_up).chunk(2, dim=-1)
-        return x.addmm_(F.silu(gate).mul_(up), self.down)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        return self.down.add(x, F.silu(gate).mul_(up))
 
 
 class _Module:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Prompts = Int[Tensor, "b s"] | Sequence[Sequence[int] | Int[Tensor, " s"]]
 
 
+MOST_DRAFTS = 8  # a pass, where nobody says how many
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(Sampling):
     """All that `generate`, `stream` and `complete` take beside model and prompts.
@@ -37,7 +40,7 @@ class Settings(Sampling):
             numbers whatever rows are beside it.
         use_mtp: draft with the MTP modules and verify several tokens in one pass. Greedy, the text is the same; drawn, it
             has the same distribution (and is another text for the same seed).
-        drafts: how many tokens to draft a pass; None: one for each MTP module.
+        drafts: how many tokens to draft a pass; None: as many as are likely to hold, at most MOST_DRAFTS.
         prefix: what all prompts begin with, read before (`Prefix`).
 
     Raises:
@@ -71,7 +74,7 @@ class Settings(Sampling):
         return frozenset([self.stop_id] if isinstance(self.stop_id, int) else self.stop_id)
 
     def drafts_for(self, model: DeepSeekV3) -> int:
-        """How many tokens to draft a pass with this model.
+        """How many tokens to draft a pass with this model, at most.
 
         Raises:
             ConfigError: use_mtp, and the model has no MTP module.
@@ -83,7 +86,7 @@ class Settings(Sampling):
                 "use_mtp = True needs a model with MTP modules, and num_nextn_predict_layers = 0: load one with mtp=True, "
                 "or leave use_mtp out"
             )
-        return self.drafts or len(model.mtp)
+        return self.drafts or max(MOST_DRAFTS, len(model.mtp))
 
 
 def checked_prompts(prompts: Prompts, model: DeepSeekV3, max_new_tokens: int) -> list[list[int]]:

@@ -12,7 +12,9 @@ judged the drafts, a depth reads what is now certain (beside certain states, whi
 given) and what it had read of the drafts is forgotten.
 
 A model that was trained with fewer depths than one wants drafts (the released one has one) uses its last module on and on,
-beside that module's own states. It was not trained for that, so such drafts hold less often, and cost no more.
+beside that module's own states. Such drafts hold less often, unless it was trained for that (`train/draft_chain.py`).
+Asked to draft `while_likely`, the chain ends where its own shares say that all of its drafts will hardly hold: in the middle of a
+word there are many, at the beginning of a sentence one.
 
 A draft is one of the first quarter of the vocabulary (of the first `COMMON` tokens at least): the ids of a BPE tokenizer stand
 in the order in which pairs were merged, the most frequent first. The head is the largest matrix that a draft reads, and the
@@ -23,20 +25,22 @@ Nothing here can harm the text, only its speed: `choosing.py` decides what stays
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from dsv3_mini.inference.cache import LatentCache
 from dsv3_mini.inference.choosing import Chooser, Drafted
+from dsv3_mini.inference.few_product import FewProduct
 from dsv3_mini.inference.few_tokens import FewTokens, at_places
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
 from dsv3_mini.model.transformer import visible
 
 COMMON = 1536  # tokens, or a quarter of the vocabulary where that is more
+LIKELY = 0.5  # the chance that all drafts hold, below which no other one is added
 
 
 class Drafter:
@@ -46,7 +50,7 @@ class Drafter:
         weight = model.lm_head.weight
         self.model, self.modules = model, list(model.mtp)[:drafts]
         self.few = few
-        self.common = common_rows(model)
+        self.head = FewProduct(common_rows(model))
         self.caches = [LatentCache(model.cfg, batch, capacity, weight.dtype, weight.device) for _ in self.modules]
         # Of each depth the state after the last certain token: the next one that comes is read beside it, a depth further.
         self.carried: list[Float[Tensor, "b 1 d"]] = []
@@ -59,6 +63,7 @@ class Drafter:
         chosen: Sequence[int],
         count: int,
         chooser: Chooser,
+        while_likely: bool = False,
     ) -> Drafted:
         """`count` tokens that may follow the `chosen` ones. Between calls the count may fall, and must not rise.
 
@@ -69,6 +74,8 @@ class Drafter:
             states: its states after each of them.
             kept: 0 for a row that has ended: its drafts mean nothing.
             chosen: what it chose to follow them.
+            while_likely: draft fewer where no row's drafts are likely to hold, all of them: the shares that the modules gave them,
+                multiplied, are below LIKELY. (Each module drafts one in any case: it has to read what is certain.)
         """
         if count == 0:
             return Drafted.nothing(len(read))
@@ -82,10 +89,7 @@ class Drafter:
         drafted = Drafted.nothing(len(read))
 
         def propose(state: Float[Tensor, "b d"]) -> None:
-            drafts, drawn_from = chooser.propose(self._logits(state), drafted.tokens)
-            for row, draft in zip(drafted.tokens, drafts, strict=True):
-                row.append(draft)
-            drafted.shares.extend(drawn_from)
+            drafted.add(chooser.propose(self.head(state).float(), drafted.tokens))
 
         depths = self.caches[:count]
         for depth, cache in enumerate(depths):
@@ -108,6 +112,10 @@ class Drafter:
         if count > len(depths):  # the last module goes on, beside its own states
             cache.truncate([n + k + depth - first for n, k in zip(held, kept, strict=True)])
         for _ in range(count - len(depths)):
+            if while_likely and not any(
+                k and prod(row) >= LIKELY for k, row in zip(kept, drafted.chances, strict=True)
+            ):
+                break
             state = self._read(depth, [row[-1:] for row in drafted.tokens], state[:, None])[:, 0]
             propose(state)
 
@@ -133,15 +141,10 @@ class Drafter:
         states, _ = self.modules[depth](self.model.embed_tokens(tokens), beside, turn, mask, cache)
         return states if places is None else at_places(states, places)[:, None]
 
-    def _logits(self, state: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
-        """-inf for the tokens that are not drafted."""
-        logits = F.linear(state, self.common).float()
-        return F.pad(logits, (0, self.model.cfg.vocab_size - logits.shape[1]), value=-torch.inf)
-
     def select(self, rows: Sequence[int]) -> Drafter:
         """A new one with these rows, in memory of its own."""
         chosen = object.__new__(type(self))
-        chosen.model, chosen.modules, chosen.few, chosen.common = self.model, self.modules, self.few, self.common
+        vars(chosen).update(vars(self))
         chosen.caches = [cache.select(rows) for cache in self.caches]
         chosen.carried = [state[list(rows)] for state in self.carried]
         return chosen

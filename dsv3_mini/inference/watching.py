@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3_mini.inference.choosing import Chooser, Drafted
+from dsv3_mini.inference.choosing import Chooser, Drafted, Proposal
 from dsv3_mini.inference.settings import Settings
 from dsv3_mini.inference.writing import Counts, Writing
 from dsv3_mini.model import DeepSeekV3
@@ -79,7 +79,7 @@ class _Noting(Chooser):
     def note(self, rows: Sequence[Sequence[int]]) -> None:
         self.inner.note(rows)
 
-    def propose(self, logits: Float[Tensor, "b v"], earlier: list[list[int]]) -> tuple[list[int], list[Tensor]]:
+    def propose(self, logits: Float[Tensor, "b c"], earlier: list[list[int]]) -> Proposal:
         return self.inner.propose(logits, earlier)
 
     def verify(self, logits: Float[Tensor, "b j1 v"], drafted: Drafted) -> tuple[list[int], list[int]]:

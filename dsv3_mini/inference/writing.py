@@ -26,12 +26,13 @@ from dsv3_mini.model import DeepSeekV3
 class Counts:
     """What drafting brought, counted over rows.
 
-    passes: of the main model, after the one that read the prompt. tokens: written in them.
+    passes: of the main model, after the one that read the prompt. tokens: written in them. drafted: made for them.
     checked[j], held[j]: how often draft j+1 was judged (those before it had held), and how often it held.
     """
 
     passes: int = 0
     tokens: int = 0
+    drafted: int = 0
     checked: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
 
@@ -50,9 +51,14 @@ class Counts:
         """1 in plain decoding; with d drafts up to 1 + d."""
         return self.tokens / self.passes if self.passes else 0.0
 
+    @property
+    def drafts_per_pass(self) -> float:
+        """0 in plain decoding."""
+        return self.drafted / self.passes if self.passes else 0.0
+
     def add(self, drafted: int, agreed: int, written: int) -> None:
         """A pass of one row: `agreed` of its drafts held, and it wrote `written` tokens, fewer where the text ended earlier."""
-        self.passes, self.tokens = self.passes + 1, self.tokens + written
+        self.passes, self.tokens, self.drafted = self.passes + 1, self.tokens + written, self.drafted + drafted
         while len(self.checked) < drafted:
             self.checked.append(0)
             self.held.append(0)
@@ -81,6 +87,10 @@ class Reader:
         states, _ = self.model.main_states(tokens, cache=self.cache)
         return states
 
+    def logits(self, states: Float[Tensor, "b s d"]) -> Float[Tensor, "b s v"]:
+        """What the head says of them, in FP32."""
+        return self.model.lm_head(states).float() if self.few is None else self.few.logits(states)
+
     def keep(self, counts: Sequence[int]) -> None:
         """Of the tokens just read, remember the first counts[row] of each row."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
@@ -105,7 +115,7 @@ class Writing:
     def __init__(self, model: DeepSeekV3, prompts: Prompts, settings: Settings) -> None:
         self.model, self.settings, self.stops = model, settings, settings.stops
         self.prompts = checked_prompts(prompts, model, settings.max_new_tokens)
-        self.drafts = settings.drafts_for(model)
+        self.drafts, self.while_likely = settings.drafts_for(model), settings.drafts is None
         self.device = model.lm_head.weight.device
         self.chooser = chooser(settings, settings.generator, self.prompts, model.cfg.vocab_size, self.device)
         if settings.prefix is not None:
@@ -134,13 +144,14 @@ class Writing:
         states = reader.read(self._padded(unread))
         reader.keep(kept)
         last = states[torch.arange(len(kept), device=self.device), torch.tensor(kept, device=self.device) - 1]
-        _, chosen = self.chooser.verify(self._logits(last[:, None]), Drafted.nothing(len(kept)))
+        _, chosen = self.chooser.verify(reader.logits(last[:, None]), Drafted.nothing(len(kept)))
         yield self._take([[token] for token in chosen])
         while not all(self.ended):
-            drafted = drafter.draft(read, states, kept, chosen, self._room(reader), self.chooser)
+            room = self._room(reader)
+            drafted = drafter.draft(read, states, kept, chosen, room, self.chooser, self.while_likely)
             read = [[token, *drafts] for token, drafts in zip(chosen, drafted.tokens, strict=True)]
             states = reader.read(torch.tensor(read, device=self.device))
-            held, chosen = self.chooser.verify(self._logits(states), drafted)
+            held, chosen = self.chooser.verify(reader.logits(states), drafted)
             runs = zip(drafted.tokens, held, chosen, strict=True)
             written = self._take([[*drafts[:count], token] for drafts, count, token in runs])
             for gained, count in zip(written, held, strict=True):
@@ -179,9 +190,6 @@ class Writing:
             taken.append(tokens)
         self.chooser.note(taken)
         return taken
-
-    def _logits(self, states: Float[Tensor, "b s d"]) -> Float[Tensor, "b s v"]:
-        return self.model.lm_head(states).float()
 
     def _padded(self, rows: list[list[int]]) -> Int[Tensor, "b s"]:
         """Rows of one length; what fills them up stands behind a row's end, where none of its tokens looks."""

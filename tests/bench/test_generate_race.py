@@ -74,7 +74,7 @@ def test_ratios_say_who_is_faster() -> None:
 
     case = Case(16, plain=lap(2.0), mtp=lap(1.0), theirs=lap(10.0), acceptance=0.9, tokens_per_pass=1.9)
     assert (case.speed, case.gain) == (5.0, 2.0)
-    cost = DraftCost(lap(1.0), lap(1.2), lap(0.7))
+    cost = DraftCost(1, lap(1.0), lap(1.2), lap(0.7))
     assert cost.verifying == 1.2 and cost.drafting == 0.7
     result = Result("here", "m", 24, 128, [case], cost, {256: lap(1.0), 8192: lap(4.0)}, 1280)
     assert result.growth == 4.0

@@ -9,7 +9,8 @@ import torch
 from random_models import YARN, assert_routing_is_awake, nano, random_model, random_tokens
 
 from dsv3_mini import from_pretrained
-from dsv3_mini.inference import LatentCache, few_attention, few_experts, generate
+from dsv3_mini.inference import LatentCache, all_experts, few_attention, few_experts, few_product, generate
+from dsv3_mini.inference.few_product import FewProduct
 from dsv3_mini.inference.few_tokens import FewTokens, fits
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.experts import LoopExperts
@@ -38,16 +39,19 @@ def caches(model: DeepSeekV3, rows: int, count: int, seed: int = 5) -> list[Late
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("few, folded", [(0, 0), (64, 2**40)])
+@pytest.mark.parametrize("experts", ["sent", "visited", "all"])
 @pytest.mark.parametrize("new", [1, 2, 5])
 @pytest.mark.parametrize("rows, lengths", [(1, [9]), (3, [9, 9, 9]), (3, [9, 6, 1])])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_states_are_those_of_the_model(
-    shape: str, rows: int, lengths: list[int], new: int, few: int, folded: int, monkeypatch: pytest.MonkeyPatch
+    shape: str, rows: int, lengths: list[int], new: int, experts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Main model and MTP module, beside caches of random numbers: states, and what is kept, to FP32's rounding."""
-    monkeypatch.setattr(few_experts, "FEW", few)
-    monkeypatch.setattr(few_attention, "FOLDED", folded)
+    """Beside caches of random numbers, in each way that a token gets to experts: states, and what is kept, to FP32's rounding."""
+    monkeypatch.setattr(few_experts, "FEW", 0 if experts == "sent" else 64)
+    monkeypatch.setattr(all_experts, "SHARE", 0.0 if experts == "all" else torch.inf)
+    monkeypatch.setattr(few_attention, "FOLDED", 0 if experts == "sent" else 2**40)
+    if experts == "all":
+        monkeypatch.setattr(few_product, "PACKED", range(1, 2**23))
     model = random_model(nano(**SHAPES[shape]))
     if shape in ("plain", "yarn"):
         assert_routing_is_awake(model, random_tokens(model.cfg))
@@ -154,3 +158,34 @@ def test_what_is_folded_follows_the_model() -> None:
         parameter.data.add_(0.3 * torch.randn_like(parameter) * parameter.std())
     text = generate(model, prompt, 8)
     assert torch.equal(model(text).logits[:, 3:-1].argmax(-1), text[:, 4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+@pytest.mark.parametrize("shape", [(300, 500), (129, 1017)])
+def test_products_packed_and_plain_are_the_same(shape: tuple[int, int], rows: int) -> None:
+    """Against float64: no farther than FP32 sums of so many terms are. A first product of other rows may choose the packing."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape), torch.randn(rows, shape[1])
+    exact = (x.double() @ weight.double().T).float()
+    for first in (2, 40):
+        product = FewProduct(weight)
+        product(torch.randn(first, shape[1]))
+        assert (product.packed is not None) == (weight.numel() in few_product.PACKED and product.packs)
+        torch.testing.assert_close(product(x), exact, rtol=1e-5, atol=1e-4)
+        total = torch.ones(rows, shape[0])
+        assert product.add(total, x) is total
+        torch.testing.assert_close(total, exact + 1, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_too_small_too_large_or_not_fp32_is_not_packed() -> None:
+    for weight in (torch.empty(8, 8), torch.empty(2**12, 2**12), torch.empty(512, 512).bfloat16()):
+        assert not FewProduct(weight).packs
+    assert FewProduct(torch.empty(512, 512)).packs == torch.backends.mkldnn.is_available()
+
+
+def test_all_experts_are_computed_where_most_are_chosen() -> None:
+    everyone = all_experts.AllExperts(random_model(nano()).layers[1].mlp)  # 8 experts, of which a token chooses 2
+    assert [tokens for tokens in range(1, 70) if everyone.suits(tokens)] == list(range(3, 65))
+    large = random_model(nano(moe_intermediate_size=4096, hidden_size=256)).layers[1].mlp
+    assert not all_experts.AllExperts(large).suits(8), "so many weights come from memory, whoever chose them"

@@ -110,7 +110,7 @@ def judge(p: Tensor, q: Tensor, sampling: Sampling, seed: int = 0, source: Any =
     drawn = Drawn(sampling, [[0]] * rows, TOKENS, CPU, Dice(random if source is None else source, rows))
     columns, shares = [], []
     for place in range(drafts):
-        column, (share,) = drawn.propose(q[place].expand(rows, -1), [[0] * place] * rows)
+        column, _, (share,) = drawn.propose(q[place].expand(rows, -1), [[0] * place] * rows)
         columns.append(column)
         shares.append(share)
     tokens = [list(row) for row in zip(*columns, strict=True)] if drafts else [[]] * rows
@@ -188,3 +188,23 @@ def test_a_penalty_counts_the_drafts_before_a_place() -> None:
     assert greedy.propose(logits[:, 0], [[0]])[0] == [1]
     greedy.note([[0, 1]])
     assert greedy.propose(logits[:, 0], [[]])[0] == [2]
+
+
+def test_a_proposal_says_which_share_it_had() -> None:
+    """Of the first 5 tokens of 7: greedy the largest share of a softmax, drawn the share it was drawn from."""
+    logits = random_logits(3, 5, seed=4)
+    greedy = Greedy(Sampling(), [[]] * 3, 7, CPU).propose(logits, [[]] * 3)
+    assert greedy.tokens == logits.argmax(-1).tolist() and greedy.shares == []
+    assert greedy.chances == pytest.approx(logits.softmax(-1).amax(-1).tolist(), rel=1e-5)
+    sampling = Sampling(temperature=0.7, top_p=0.9)
+    dice = Dice(torch.Generator().manual_seed(0), 3)
+    drawn = Drawn(sampling, [[]] * 3, 7, CPU, dice).propose(logits, [[]] * 3)
+    (shares,) = drawn.shares
+    torch.testing.assert_close(shares[:, :5], sampling.shares(logits))
+    assert shares.shape == (3, 7) and not shares[:, 5:].any()
+    assert drawn.chances == pytest.approx([float(shares[row, token]) for row, token in enumerate(drawn.tokens)])
+    drafted = Drafted.nothing(3)
+    for _ in range(2):
+        drafted.add(greedy)
+    assert drafted.count == 2 and drafted.tokens[1] == greedy.tokens[1:2] * 2
+    assert drafted.chances[2] == greedy.chances[2:] * 2

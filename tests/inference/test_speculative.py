@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -118,6 +119,45 @@ def test_fewer_drafts_than_modules_use_the_first_ones() -> None:
     model = few_words(3)
     watched = Watched(model, ragged(model.cfg, [5, 8]), max_new_tokens=12, drafts=1)
     assert max(drafts.shape[1] for _, _, drafts in watched.passes) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_chain_ends_where_its_drafts_will_hardly_all_hold(rows: int, temperature: float) -> None:
+    """Asked for no number, it goes on while the shares of a row's drafts, multiplied, are a half or more; 8 drafts are the most."""
+    model = random_model(nano(vocab_size=12))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)  # sure of itself now and then
+    prompts, passes = ragged(model.cfg, [9, 4, 14][:rows]), []
+    original = Drafter.draft
+
+    def draft(drafter: Drafter, *arguments: Any) -> Drafted:
+        drafted = original(drafter, *arguments)
+        passes.append((arguments[2], arguments[4], drafted))  # kept, room
+        return drafted
+
+    source = torch.Generator().manual_seed(0) if temperature else None
+    how = Settings(max_new_tokens=60, use_mtp=True, temperature=temperature, generator=source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drafter, "draft", draft)
+        writing = Writing(model, prompts, how).finish()
+    if not temperature:
+        assert writing.rows == complete(model, prompts, 60)
+    for kept, room, drafted in passes:
+        alive = [chances for chances, k in zip(drafted.chances, kept, strict=True) if k]
+        for count in range(1, drafted.count):
+            assert any(prod(row[:count]) >= 0.5 for row in alive)
+        assert drafted.count <= room <= 8
+        assert drafted.count == room or all(prod(row) < 0.5 for row in alive)
+    assert {drafted.count for _, _, drafted in passes} >= {1, 2, 3} and max(d.count for *_, d in passes) > 4
+
+
+def test_who_asks_for_a_number_of_drafts_gets_it() -> None:
+    model = random_model(nano(vocab_size=12))
+    assert Settings(use_mtp=True).drafts_for(model) == 8 and Settings(use_mtp=True, drafts=3).drafts_for(model) == 3
+    assert Settings().drafts_for(model) == 0
+    watched = Watched(model, ragged(model.cfg, [9]), max_new_tokens=30, drafts=5)
+    assert {drafts.shape[1] for *_, drafts in watched.passes[:-5]} == {5}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -277,7 +317,7 @@ def test_counts_by_hand() -> None:
     counts.add(drafted=2, agreed=2, written=1)  # the text ended with the first draft: the second does not count
     assert (counts.passes, counts.tokens, counts.checked, counts.held) == (4, 7, [4, 2], [3, 1])
     assert counts.acceptance == 0.75 and counts.acceptance_at(2) == 0.5 and counts.acceptance_at(3) == 0
-    assert counts.tokens_per_pass == 1.75
+    assert counts.tokens_per_pass == 1.75 and counts.drafts_per_pass == 2.0
     plain = Writing(few_words(), [[1, 2]], Settings(max_new_tokens=9)).finish().counts
     assert (plain.passes, plain.tokens, plain.acceptance, plain.tokens_per_pass) == (8, 8, 0.0, 1.0)
 
