@@ -100,14 +100,28 @@ def test_the_first_well_formed_sentence_came_within_five_minutes(log: list[dict]
 LONGER = shipped("tiny-4x")
 
 
-def test_the_extended_model_is_tiny_stretched_by_its_recipe() -> None:
-    assert ModelConfig.from_hf(LONGER) == extended_config(ModelConfig.preset("tiny"), context=832, trained=208)
-    assert json.loads((LONGER / "recipe.json").read_text()) == json.loads(
-        json.dumps(recipe_record(Recipe.preset("tiny-4x")))
+@pytest.mark.parametrize("name, context", [("tiny-4x", 832), ("tiny-16x", 3328)])
+def test_the_extended_models_are_tiny_stretched_by_their_recipes(name: str, context: int) -> None:
+    folder = shipped(name)
+    assert ModelConfig.from_hf(folder) == extended_config(ModelConfig.preset("tiny"), context=context, trained=208)
+    assert json.loads((folder / "recipe.json").read_text()) == json.loads(
+        json.dumps(recipe_record(Recipe.preset(name)))
     )
-    files = [file for file in LONGER.rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 9e6
     assert {file.suffix for file in files} <= {".json", ".jsonl", ".safetensors", ".png", ".tiktoken"}
+
+
+def test_the_first_phase_finds_needles_where_the_model_failed_and_forgets_little() -> None:
+    """The bar: 95% at every depth of four times the length, and the old length's losses within 1%."""
+    record = recorded()
+    before, after = (record["needles"][name] for name in ("as trained", "YaRN, trained"))
+    failed = [(n, d) for n in before.lengths for d in before.depths if before.share(n, d) < 0.95]
+    assert {n for n, _ in failed} == {208, 416, 832} and len(failed) >= 13
+    assert all(after.share(n, d) >= 0.95 for n, d in failed)
+    losses = record["old_length_loss"]
+    for domain, loss in losses["as trained"].items():
+        assert losses["YaRN, trained"][domain] < 1.01 * loss, domain
 
 
 def test_needles_are_recorded_as_the_models_answer_them() -> None:

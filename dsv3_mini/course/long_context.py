@@ -1,4 +1,4 @@
-"""What lesson 17 measures: needles in a haystack for the tiny model as it was trained, stretched, and trained on.
+"""What lesson 17 measures: needles in a haystack for the tiny model as it was trained, stretched, and trained on, twice.
 
     python -m dsv3_mini.course.long_context            # measures all, and writes data/long_context/needles.json
 
@@ -27,9 +27,11 @@ from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
 from dsv3_mini.train.extend import with_config
 
+MODELS = ("tiny", "tiny-4x", "tiny-16x")
 TRAINED = 208  # tokens a row in tiny's pre-training
 FACTOR = 4
 LENGTHS = (104, 208, 416, 832)
+FURTHER = (832, 1664, 3328)  # of the second phase
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STORIES = 30
 DOMAINS = ("stories", "sums", "code", "prose")
@@ -47,6 +49,15 @@ def ways(tiny: DeepSeekV3, extended: DeepSeekV3) -> dict[str, tuple[DeepSeekV3, 
         "position interpolation": (unchecked, interpolated(unchecked, FACTOR)),
         "YaRN, not trained": (with_config(tiny, extended.cfg), None),
         "YaRN, trained": (extended, None),
+    }
+
+
+def phases(extended: DeepSeekV3, longest: DeepSeekV3) -> dict[str, tuple[DeepSeekV3, Read | None]]:
+    """The first phase's model, which reads on, and the second's."""
+    further = longest.cfg.max_position_embeddings
+    return {
+        "first phase": (with_config(extended, extended.cfg.replace(max_position_embeddings=further)), None),
+        "second phase": (longest, None),
     }
 
 
@@ -70,29 +81,38 @@ def old_length_losses(model: DeepSeekV3, tokenizer: Tokenizer) -> dict[str, floa
 
 
 def record(
-    stories: int = STORIES, lengths: Sequence[int] = LENGTHS, depths: Sequence[float] = DEPTHS
+    stories: int = STORIES,
+    lengths: Sequence[int] = LENGTHS,
+    depths: Sequence[float] = DEPTHS,
+    further: Sequence[int] = FURTHER,
 ) -> dict[str, Any]:
     """All measurements, as plain JSON."""
     tokenizer = Tokenizer.shipped()
-    tiny, extended = (from_pretrained(shipped(name), mtp=False).eval() for name in ("tiny", "tiny-4x"))
+    tiny, extended, longest = (from_pretrained(shipped(name), mtp=False).eval() for name in MODELS)
     asked = needles(tiny, tokenizer, stories, longest=min(lengths))
-    compared = ways(tiny, extended)
-    grids = {
-        name: asdict(needle_grid(model, tokenizer, asked, lengths, depths, read))
-        for name, (model, read) in compared.items()
+
+    def grids(compared: dict[str, tuple[DeepSeekV3, Read | None]], lengths: Sequence[int]) -> dict[str, Any]:
+        return {
+            name: asdict(needle_grid(model, tokenizer, asked, lengths, depths, read))
+            for name, (model, read) in compared.items()
+        }
+
+    compared, then = ways(tiny, extended), phases(extended, longest)
+    measured = {"as trained": (tiny, None), **compared, "second phase": then["second phase"]}
+    losses = {name: old_length_losses(model, tokenizer) for name, (model, read) in measured.items() if read is None}
+    return {
+        "trained": TRAINED,
+        "needles": grids(compared, lengths),
+        "phases": grids(then, further),
+        "old_length_loss": losses,
     }
-    losses = {
-        name: old_length_losses(model, tokenizer)
-        for name, (model, read) in {"as trained": (tiny, None), **compared}.items()
-        if read is None
-    }
-    return {"trained": TRAINED, "needles": grids, "old_length_loss": losses}
 
 
 def recorded() -> dict[str, Any]:
     """What data/long_context holds, its grids as `NeedleGrid`."""
     values = json.loads(shipped(RECORDED).read_text(encoding="utf-8"))
-    return values | {"needles": {name: NeedleGrid(**grid) for name, grid in values["needles"].items()}}
+    maps = ("needles", "phases")
+    return values | {part: {name: NeedleGrid(**grid) for name, grid in values[part].items()} for part in maps}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -74,8 +75,8 @@ class Drafter:
             states: its states after each of them.
             kept: 0 for a row that has ended: its drafts mean nothing.
             chosen: what it chose to follow them.
-            while_likely: draft fewer where no row's drafts are likely to hold, all of them: the shares that the modules gave them,
-                multiplied, are below LIKELY. (Each module drafts one in any case: it has to read what is certain.)
+            while_likely: draft fewer where a row's drafts will hardly all hold: the shares that the modules gave them, multiplied,
+                are below LIKELY, on average over the rows. (Each module drafts one in any case: it has to read what is certain.)
         """
         if count == 0:
             return Drafted.nothing(len(read))
@@ -112,9 +113,7 @@ class Drafter:
         if count > len(depths):  # the last module goes on, beside its own states
             cache.truncate([n + k + depth - first for n, k in zip(held, kept, strict=True)])
         for _ in range(count - len(depths)):
-            if while_likely and not any(
-                k and prod(row) >= LIKELY for k, row in zip(kept, drafted.chances, strict=True)
-            ):
+            if while_likely and fmean(prod(row) for k, row in zip(kept, drafted.chances, strict=True) if k) < LIKELY:
                 break
             state = self._read(depth, [row[-1:] for row in drafted.tokens], state[:, None])[:, 0]
             propose(state)

@@ -124,7 +124,7 @@ def test_fewer_drafts_than_modules_use_the_first_ones() -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_chain_ends_where_its_drafts_will_hardly_all_hold(rows: int, temperature: float) -> None:
-    """Asked for no number, it goes on while the shares of a row's drafts, multiplied, are a half or more; 8 drafts are the most."""
+    """Asked for no number, it goes on while the shares of a row's drafts, multiplied, are a half on average; 8 drafts are the most."""
     model = random_model(nano(vocab_size=12))
     with torch.no_grad():
         model.lm_head.weight.mul_(6)  # sure of itself now and then
@@ -146,10 +146,10 @@ def test_a_chain_ends_where_its_drafts_will_hardly_all_hold(rows: int, temperatu
     for kept, room, drafted in passes:
         alive = [chances for chances, k in zip(drafted.chances, kept, strict=True) if k]
         for count in range(1, drafted.count):
-            assert any(prod(row[:count]) >= 0.5 for row in alive)
+            assert sum(prod(row[:count]) for row in alive) / len(alive) >= 0.5
         assert drafted.count <= room <= 8
-        assert drafted.count == room or all(prod(row) < 0.5 for row in alive)
-    assert {drafted.count for _, _, drafted in passes} >= {1, 2, 3} and max(d.count for *_, d in passes) > 4
+        assert drafted.count == room or sum(prod(row) for row in alive) / len(alive) < 0.5
+    assert {drafted.count for _, _, drafted in passes} >= {1, 2, 3} and max(d.count for *_, d in passes) > 4 - rows
 
 
 def test_who_asks_for_a_number_of_drafts_gets_it() -> None:

@@ -100,6 +100,10 @@ def test_tiny_is_extended_four_times_and_ends_at_its_last_rate() -> None:
     assert then.learning_rate(0) == 0.0 and then.learning_rate(then.total_tokens) == first.learning_rate(13e6)
     assert math.isclose(sum(then.mixture.values()), 1.0) and {"stories", "sums", "code", "prose"} < set(then.mixture)
     assert set(EXTENSIONS).isdisjoint(PRESETS)
+    last = Recipe.preset("tiny-16x")
+    assert last.context(0) == 4 * then.context(0) and math.isclose(sum(last.mixture.values()), 1.0)
+    assert last.context(0) * last.batch_size(0) == 2 * then.context(0) * then.batch_size(then.total_tokens)
+    assert last.learning_rate(0) == 0.0 and last.learning_rate(last.total_tokens) == then.learning_rate(8e9)
 
 
 @pytest.mark.parametrize("name", PRESETS)
