@@ -264,7 +264,9 @@ show_source(balance_steps)
 # **What we expect.** Left alone, the busiest expert should get more than 2.5 even shares (MaxVio above 1.5). With biases
 # MaxVio should fall below 0.4, for a loss on unseen text that is at most 1% higher. And the balance loss should pay for
 # the same balance: a loss that is no better than that of the biases. If balance costs the biases more than 1%, or the
-# balance loss wins, the report's way is not worth its trouble, at least at this size.
+# balance loss wins, the report's way is not worth its trouble, at least at this size. A single run cannot decide that:
+# another processor rounds in another order, and a run as short as this one ends a percent or two elsewhere. It shows which
+# way balances; the medians of several seeds, below, are held to the expectation.
 #
 # The pale lines are our own runs, recorded when this lesson was written. The next cell but one trains, about half a
 # minute on one core, and draws over them. (The button trains on from where it stands.)
@@ -282,9 +284,9 @@ assert race.picture.value != before
 scores_of = {name: score(model) for name, model in race.models.items()}
 alone, biases, loss_way = scores_of.values()
 print(f"{STEPS} steps for each of {len(scores_of)} ways")
-print("left alone, MaxVio is above 1.5 on text it never read:", alone.max_vio > 1.5)
-print("with biases it is below 0.4:", biases.max_vio < 0.4)
-print("for a loss at most 1% higher:", biases.loss < 1.01 * alone.loss)
+print("left alone, an expert gets twice its share on text that it never read:", alone.max_vio > 1.0)
+print("with biases MaxVio is below 0.4:", biases.max_vio < 0.4)
+print("and the losses are within 5% of each other:", biases.loss < 1.05 * alone.loss)
 assert biases.max_vio < alone.max_vio
 
 # %% [markdown]
