@@ -30,13 +30,14 @@ class AllExperts:
         self.width = layer.experts.down_proj.shape[2]  # f, of one expert
         shared = layer.shared_experts
         self.shared = 0 if shared is None else shared.down_proj.in_features // self.width
+        self.small = 2 * layer.experts.down_proj.numel() < PACKED.stop
+        self.least = SHARE * self.count / self.k
         self.up: FewProduct | None = None
         self.down: FewProduct | None = None
 
     def suits(self, tokens: int) -> bool:
         """Whether so many tokens choose most of the experts, of a model whose experts together are small."""
-        small = 2 * self.layer.experts.down_proj.numel() < PACKED.stop
-        return small and SHARE * self.count <= tokens * self.k and tokens <= MANY
+        return self.small and self.least <= tokens <= MANY
 
     def __call__(
         self,
