@@ -33,7 +33,7 @@ from torch import Tensor
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data.stream import TokenStream
 from dsv3_mini.data.tokenizer import Tokenizer
-from dsv3_mini.errors import ConfigError
+from dsv3_mini.errors import ConfigError, UserError
 from dsv3_mini.hub import from_pretrained, save_pretrained
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.model.rope import rotations
@@ -184,6 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.out.exists():
         raise ConfigError(f"{options.out} exists: choose another --out")
+    least = recipe.batch_size * recipe.context
+    if options.tokens < least:
+        raise ConfigError(f"--tokens {options.tokens} must be at least {least}: a step reads so many")
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = ChainRecipe(total_tokens=options.tokens)
@@ -198,5 +201,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ConfigError as error:
+    except UserError as error:
         sys.exit(f"draft_chain: {error}")

@@ -122,3 +122,6 @@ def test_the_command_writes_a_model_with_the_same_main_model(tmp_path: Path, cap
     assert changed == {"mtp"}
     with pytest.raises(ConfigError, match="exists: choose another --out"):
         draft_chain.main([str(folder), "--out", str(out)])
+    with pytest.raises(ConfigError, match="--tokens 100 must be at least 1664"):
+        draft_chain.main([str(folder), "--out", str(tmp_path / "other"), "--tokens", "100"])
+    assert not (tmp_path / "other").exists()
