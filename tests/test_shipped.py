@@ -1,4 +1,4 @@
-"""What ships as data/tiny and data/tiny-4x is what its papers say: size, log, and scores measured anew on a part."""
+"""What ships as data/tiny, data/tiny-4x and data/tiny-16x is what its papers say: size, log, and scores measured anew on a part."""
 
 import json
 

@@ -1,6 +1,6 @@
 """Trainings for lesson 16: one model on one stream of text, in BF16, in FP32, in FP8, and in FP8 with one choice turned round.
 
-    python -m dsv3_mini.course.fp8_runs                      # trains, and writes data/fp8/runs.json (see its README for times)
+    python -m dsv3_mini.course.fp8_runs                      # trains, and writes data/fp8/runs.json
     python -m dsv3_mini.course.fp8_runs --table              # trains nothing: the distances of what is written there
 
 A run is `training_steps`, which the lesson also trains live. All runs of a size and seed start from the same FP32 weights and read

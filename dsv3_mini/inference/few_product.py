@@ -1,8 +1,8 @@
 """A product of a few rows with a weight matrix, at the price of one row.
 
 A row times a matrix takes as long as it takes to read the matrix, and four rows need to read it no more often. But the library
-that torch's `mm` asks on a CPU takes nearly four times as long for them; oneDNN, which packs a weight once into the order in
-which it reads it, takes as long as for one. That is worth its time where several tokens of a text are read in each pass: to judge
+that torch's `mm` asks on a CPU takes longer with each of them; oneDNN, which packs a weight once into the order in which it reads
+it, takes for a few rows about as long as for one. That is worth its time where several tokens of a text are read in each pass: to judge
 drafts, or for the rows of a batch. (`dsv3 bench generate` prints what a pass over drafts costs, and what a batch of 16 gives.)
 """
 
